@@ -1,0 +1,1 @@
+"""Engines: how gradients are summed, shards updated, and weights handed round."""
