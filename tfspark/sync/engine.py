@@ -1,0 +1,263 @@
+"""The contract of an engine, and the records that pass through it.
+
+An engine takes a `Run` (what never changes), a commit (the state after some step) and a
+`RoundPlan` (the steps to take), and returns a new commit and one `StepRecord` per step. It decides
+nothing: which steps, which learning rates, when to stop and what to keep is the train layer's.
+
+Who calls what: `start` once, then `round` any number of times with the newest commit, and between
+rounds `evaluate`, `map_states` and `replica`. A commit stays readable until the next successful
+`round` or until `close`. If `round` raises, the commit that was passed in is still good.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from tfspark.data.order import BatchOrder
+from tfspark.graph.program import Evaluation, Program, UpdateProgram
+from tfspark.graph.update import Clipping
+from tfspark.graphdef.pure import PureGraph
+from tfspark.sync.layout import Layout, StateLayout
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that stays the same from the first step to the last; shipped to executors once.
+
+    Attributes:
+        run_id: unique; executors cache loaded programs under it.
+        program: the gradient.
+        updates: one optimizer step per parameter group.
+        clippings: one per parameter group.
+        order: which rows make which batch.
+        mapping: the user's map over batches, or None.
+        seed: of stateless random operations in the program.
+        state: the initial model state; its "constant" slots are read throughout the run.
+        num_ranks: N.
+        accumulation_steps: a rank computes its rows of a batch in so many parts, one after the
+            other, and sums their gradients before the exchange.
+        task_threads: TensorFlow threads of one task.
+    """
+
+    run_id: str
+    program: Program
+    updates: tuple[UpdateProgram, ...]
+    clippings: tuple[Clipping, ...]
+    order: BatchOrder
+    mapping: PureGraph | None
+    seed: int
+    state: tuple[np.ndarray, ...]
+    num_ranks: int
+    accumulation_steps: int = 1
+    task_threads: int = 1
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The division of the flat vector among the ranks of this run."""
+        return Layout(self.program.weights, self.num_ranks, self.program.dtype)
+
+    @cached_property
+    def state_layout(self) -> StateLayout:
+        """How the model state of this run travels."""
+        return StateLayout(self.program.state, self.num_ranks)
+
+    @property
+    def clips_by_norm(self) -> bool:
+        """Whether an update needs norms summed over ranks first."""
+        return any(clipping.needs_norms for clipping in self.clippings)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the driver learns of one step.
+
+    Attributes:
+        step: number of finished steps, this one included; the first is 1.
+        loss: of the global batch.
+        rows: of the global batch.
+        seconds: by phase ("data", "gradient", "update"), the slowest rank's where it is known.
+    """
+
+    step: int
+    loss: float
+    rows: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Why no further step was taken in a round; every rank carries the same one.
+
+    Attributes:
+        kind: "stop" (the stop predicate fired: the state is good) or "non_finite" (a loss or a
+            gradient was NaN or infinite: the state is that before the step).
+        step: the step that was being taken or had just ended.
+        rank: where it was found; None for "stop".
+        what: "loss" or "gradient"; None for "stop".
+    """
+
+    kind: str
+    step: int
+    rank: int | None = None
+    what: str | None = None
+
+
+@dataclass
+class RankState:
+    """What rank `rank` owns after a step: the content of a commit.
+
+    Attributes:
+        rank: the owner.
+        step: finished steps.
+        shard: `[shard_size]`, the weights.
+        slots: per group, the optimizer's slots: vectors `[slice_size of the group]` or scalars.
+        mean: this rank's slice of the averaged model state, float64 `[slice_size]`.
+        first: the model state that is handed on whole; equal on all ranks.
+        records: of the steps of the current round.
+        halt: set once the round has to end early.
+    """
+
+    rank: int
+    step: int
+    shard: np.ndarray
+    slots: list[list[np.ndarray]]
+    mean: np.ndarray
+    first: list[np.ndarray]
+    records: list[StepRecord] = field(default_factory=list)
+    halt: Halt | None = None
+
+    @classmethod
+    def initial(cls, run: Run, flat: np.ndarray, rank: int) -> RankState:
+        """The state of a rank before the first step."""
+        layout, state_layout = run.layout, run.state_layout
+        slots = [
+            [
+                np.full(
+                    layout.slice_sizes[group] if slot.kind == "vector" else (),
+                    slot.initial,
+                    slot.dtype,
+                )
+                for slot in update.slots
+            ]
+            for group, update in enumerate(run.updates)
+        ]
+        return cls(
+            rank=rank,
+            step=0,
+            shard=layout.shard(flat, rank),
+            slots=slots,
+            mean=state_layout.slice_of(state_layout.pack(run.state), rank),
+            first=[np.asarray(run.state[i]) for i in state_layout.first],
+        )
+
+    def settled(self) -> RankState:
+        """This state at the start of a round: without records and halt."""
+        return replace(self, records=[], halt=None)
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The steps of one round.
+
+    Attributes:
+        first_step: finished steps before the round.
+        learning_rates: for each step of the round, one rate per parameter group.
+        stop: called on every rank after each step with (finished steps, loss of the step); true
+            ends the round there. Must be a pure function, and pickle.
+    """
+
+    first_step: int
+    learning_rates: tuple[tuple[float, ...], ...]
+    stop: Callable[[int, float], bool] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the round, if nothing stops it."""
+        return len(self.learning_rates)
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """A new commit and what happened on the way.
+
+    Attributes:
+        commit: the engine's own handle of the state; None if the round halted on "non_finite".
+        records: one per finished step.
+        halt: why it ended early, if it did.
+        seconds: of the whole round, as the driver saw it.
+    """
+
+    commit: Any
+    records: tuple[StepRecord, ...]
+    halt: Halt | None
+    seconds: float
+
+
+class Engine(ABC):
+    """How shards travel. See the module's docstring for who calls what."""
+
+    name: str
+
+    @abstractmethod
+    def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> Any:
+        """The first commit.
+
+        Args:
+            run: what never changes.
+            make_state: called as `make_state(run, rank)` once per rank, where the rank lives; must
+                pickle.
+        """
+
+    @abstractmethod
+    def round(self, commit: Any, plan: RoundPlan) -> RoundResult:
+        """Takes the steps of a plan from a commit."""
+
+    @abstractmethod
+    def map_states(self, commit: Any, function: Callable[[RankState], Any]) -> list[Any]:
+        """`function` of every rank's state, called where it lies; results by rank, small."""
+
+    @abstractmethod
+    def states(self, commit: Any) -> Any:
+        """Iterates over the ranks' states, without optimizer slots, on the driver, by rank."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        commit: Any,
+        evaluation: Evaluation,
+        handles: Any,
+        mapping: PureGraph | None,
+        batch_rows: int,
+    ) -> list[np.ndarray]:
+        """The accumulators of an evaluation over a data set, merged over ranks.
+
+        Args:
+            commit: whose weights and model state are evaluated.
+            evaluation: the metrics.
+            handles: the materialised data set.
+            mapping: the data set's map over batches, or None.
+            batch_rows: rows of one call.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the engine holds; the commits are gone afterwards."""
+
+
+def merge_accumulators(
+    evaluation: Evaluation, parts: Sequence[Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """Accumulators of several ranks as one: what each added to the initial value, summed."""
+    merged = [np.array(value, dtype=info.dtype) for info, value in zip(
+        evaluation.accumulators, evaluation.initial, strict=True
+    )]
+    for part in parts:
+        for index, value in enumerate(part):
+            merged[index] = merged[index] + (value - evaluation.initial[index])
+    return merged

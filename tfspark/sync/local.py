@@ -1,0 +1,131 @@
+"""The engine `local`: every rank in this process, one after the other. The reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tfspark.data.batches import BatchReader, evaluation_batches
+from tfspark.data.store import Handle
+from tfspark.graph.program import Evaluation
+from tfspark.graphdef.pure import PureGraph
+from tfspark.sync.engine import (
+    Engine,
+    RankState,
+    RoundPlan,
+    RoundResult,
+    Run,
+    merge_accumulators,
+)
+from tfspark.sync.rank import (
+    RankProgram,
+    Replica,
+    gradient_message,
+    rank_program,
+    shard_message,
+)
+
+
+class LocalEngine(Engine):
+    """Ranks take turns in this process; a commit is the list of their states.
+
+    Args:
+        handles: of the training set, by rank.
+    """
+
+    name = "local"
+
+    def __init__(self, handles: Sequence[Handle]):
+        self._handles = handles
+        self._run: Run | None = None
+        self._readers: list[BatchReader] = []
+
+    def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> list[RankState]:
+        self._run = run
+        self._readers = [BatchReader(handle, run.order, run.mapping) for handle in self._handles]
+        return [make_state(run, rank) for rank in range(run.num_ranks)]
+
+    def round(self, commit: list[RankState], plan: RoundPlan) -> RoundResult:
+        started = time.perf_counter()
+        states = [state.settled() for state in commit]
+        for rates in plan.learning_rates:
+            states = self._step(states, rates, plan)
+            if states[0].halt:
+                break
+        halt = states[0].halt
+        return RoundResult(
+            commit=None if halt and halt.kind == "non_finite" else states,
+            records=tuple(states[0].records),
+            halt=halt,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _step(
+        self, states: list[RankState], rates: tuple[float, ...], plan: RoundPlan
+    ) -> list[RankState]:
+        program = self._program
+        replica = self._replica(states)
+        contributions = [
+            program.contribute(rank, states[rank].step, replica, self._readers[rank])
+            for rank in range(program.run.num_ranks)
+        ]
+        reduced = [
+            program.reduce([gradient_message(program.run, part, owner) for part in contributions])
+            for owner in range(program.run.num_ranks)
+        ]
+        norms = None
+        if program.run.clips_by_norm and not reduced[0].halt:
+            norms = sum_in_rank_order(
+                [program.squared_norms(rank, part) for rank, part in enumerate(reduced)]
+            )
+        return [
+            program.apply(state, part, rates, norms, plan.stop)
+            for state, part in zip(states, reduced, strict=True)
+        ]
+
+    def map_states(
+        self, commit: list[RankState], function: Callable[[RankState], Any]
+    ) -> list[Any]:
+        return [function(state) for state in commit]
+
+    def states(self, commit: list[RankState]) -> Iterator[RankState]:
+        return iter(commit)
+
+    def evaluate(
+        self,
+        commit: list[RankState],
+        evaluation: Evaluation,
+        handles: Sequence[Handle],
+        mapping: PureGraph | None,
+        batch_rows: int,
+    ) -> list[np.ndarray]:
+        replica = self._replica(commit)
+        parts = [
+            self._program.evaluate(
+                evaluation, replica, evaluation_batches(handle, batch_rows, mapping)
+            )
+            for handle in handles
+        ]
+        return merge_accumulators(evaluation, parts)
+
+    def close(self) -> None:
+        self._readers = []
+
+    @property
+    def _program(self) -> RankProgram:
+        assert self._run is not None, "start() comes first"
+        return rank_program(self._run)
+
+    def _replica(self, states: Sequence[RankState]) -> Replica:
+        return self._program.replica([shard_message(state) for state in states])
+
+
+def sum_in_rank_order(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of one array per rank; always added in the same order."""
+    total = np.zeros_like(parts[0])
+    for part in parts:
+        total = total + part
+    return total

@@ -1,0 +1,392 @@
+"""The arithmetic of one rank in one step, without Spark, sockets or files.
+
+A step has three phases: `contribute` (the gradient of this rank's rows), `reduce` (the sum of one
+slice over all ranks, in rank order) and `apply` (the optimizer on the shard). Between them the
+engine moves messages. Every engine runs this code, so all of them give the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tfspark.data.batches import BatchReader
+from tfspark.graph.program import Evaluation
+from tfspark.graph.update import scales, tensor_squared_norms
+from tfspark.graphdef.loader import load
+from tfspark.sync.engine import Halt, RankState, Run, StepRecord
+from tfspark.sync.frames import Message
+
+# The golden ratio in 64 bits: multiples of it are spread evenly, so ranks draw unrelated numbers.
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass
+class Replica:
+    """The whole weights and model state, as every rank needs them for its gradient."""
+
+    flat: np.ndarray  # [P]
+    state: list[np.ndarray]
+
+
+@dataclass
+class Contribution:
+    """What one rank adds to a step.
+
+    Attributes:
+        rank: whose.
+        rows: of the global batch that it holds.
+        loss_sum: see `Program`.
+        gradient: `[P]`, summed over its rows; None without rows or after a halt.
+        mean: its averaged model state times its rows, packed; None like `gradient`.
+        first: its handed-on model state, from the first rank that has rows; else empty.
+        halt: why it did not compute, or what it found.
+        seconds: by phase.
+    """
+
+    rank: int
+    rows: int = 0
+    loss_sum: float = 0.0
+    gradient: np.ndarray | None = None
+    mean: np.ndarray | None = None
+    first: list[np.ndarray] = field(default_factory=list)
+    halt: Halt | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Reduced:
+    """One slice of a step, summed over ranks.
+
+    Attributes:
+        rows: of the global batch.
+        loss_sum: over all ranks.
+        gradient: `[shard_size]`, the sum of the slices.
+        mean: float64 `[slice_size]`, the merged model state of this slice.
+        first: handed-on model state.
+        halt: found by any rank.
+        seconds: by phase, the slowest rank's.
+    """
+
+    rows: int
+    loss_sum: float
+    gradient: np.ndarray
+    mean: np.ndarray
+    first: list[np.ndarray]
+    halt: Halt | None
+    seconds: dict[str, float]
+
+
+class RankProgram:
+    """A run's programs, loaded in this process.
+
+    Rebuildable at any time from the run, so a worker may cache it and lose it.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._gradient = load(run.program.graph)
+        self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
+
+    def replica(self, messages: Sequence[Message]) -> Replica:
+        """Weights and model state from the "shard" messages of all ranks, by rank."""
+        run = self.run
+        vector = np.concatenate([message.arrays["mean"] for message in messages])
+        count = len(run.state_layout.first)
+        first = [messages[0].arrays[f"first{i}"] for i in range(count)]
+        return Replica(
+            flat=run.layout.join([message.arrays["shard"] for message in messages]),
+            state=run.state_layout.assemble(run.state, vector, first),
+        )
+
+    def contribute(self, rank: int, step: int, replica: Replica, reader: BatchReader) -> Contribution:
+        """The gradient of this rank's rows of step `step` (counted from 0)."""
+        run = self.run
+        _, step_in_epoch = run.order.locate(step)
+        rows_by_rank = run.order.rank_rows(step_in_epoch)
+        rows, global_rows = rows_by_rank[rank], sum(rows_by_rank)
+        if rows == 0:
+            return Contribution(rank)
+        started = time.perf_counter()
+        batch, _ = reader.read(step)
+        read = time.perf_counter()
+        parts = min(run.accumulation_steps, rows)
+        bounds = np.linspace(0, rows, parts + 1).astype(int)
+        loss_sum, gradient, state = 0.0, None, replica.state
+        for part in range(parts):
+            low, high = bounds[part], bounds[part + 1]
+            part_loss, part_gradient, state = self._call(
+                rank,
+                step * run.accumulation_steps + part,
+                replica.flat,
+                state,
+                [batch[i][low:high] if parts > 1 else batch[i] for i in run.program.batch],
+                int(high - low),
+                global_rows,
+            )
+            loss_sum += part_loss
+            gradient = part_gradient if gradient is None else gradient + part_gradient
+        assert gradient is not None
+        done = time.perf_counter()
+        leader = next(r for r, count in enumerate(rows_by_rank) if count)
+        return Contribution(
+            rank=rank,
+            rows=rows,
+            loss_sum=loss_sum,
+            gradient=gradient,
+            mean=run.state_layout.pack(state) * rows,
+            first=[state[i] for i in run.state_layout.first] if rank == leader else [],
+            halt=_finite(rank, step, loss_sum, gradient),
+            seconds={"data": read - started, "gradient": done - read},
+        )
+
+    def _call(
+        self,
+        rank: int,
+        seed_step: int,
+        flat: np.ndarray,
+        state: Sequence[np.ndarray],
+        batch: Sequence[Any],
+        rows: int,
+        global_rows: int,
+    ) -> tuple[float, np.ndarray, list[np.ndarray]]:
+        run = self.run
+        shifted = [
+            _shift_seed(value, rank) if slot.kind == "seed" else value
+            for slot, value in zip(run.program.state, state, strict=True)
+        ]
+        seed = np.array([run.seed + rank * _GOLDEN, seed_step], object) & (2**64 - 1)
+        outputs = self._gradient(
+            flat,
+            *shifted,
+            *batch,
+            np.int64(rows),
+            np.int64(global_rows),
+            seed.astype(np.uint64).view(np.int64),
+        )
+        new_state = [
+            _shift_seed(value, -rank) if slot.kind == "seed" else value
+            for slot, value in zip(
+                run.program.state, (output.numpy() for output in outputs[2:]), strict=True
+            )
+        ]
+        return float(outputs[0]), outputs[1].numpy(), new_state
+
+    def reduce(self, parts: Sequence[Message]) -> Reduced:
+        """Sums the "gradient" messages of all ranks for one slice, given by rank.
+
+        The order of the sum is the order of the ranks: that makes a run repeatable bit for bit.
+        """
+        layout, state_layout = self.run.layout, self.run.state_layout
+        gradient = np.zeros(layout.shard_size, layout.dtype)
+        mean = np.zeros(state_layout.slice_size, np.float64)
+        rows, loss_sum, first, halt = 0, 0.0, [], None
+        seconds: dict[str, float] = {}
+        for message in parts:
+            meta = message.meta
+            rows += meta["rows"]
+            loss_sum += meta["loss_sum"]
+            halt = halt or _halt_from(meta["halt"])
+            for phase, value in meta["seconds"].items():
+                seconds[phase] = max(seconds.get(phase, 0.0), value)
+            if "gradient" in message.arrays:
+                gradient += message.arrays["gradient"]
+                mean += message.arrays["mean"]
+            if "first0" in message.arrays:
+                first = [message.arrays[f"first{i}"] for i in range(len(state_layout.first))]
+        return Reduced(rows, loss_sum, gradient, mean / max(rows, 1), first, halt, seconds)
+
+    def squared_norms(self, rank: int, reduced: Reduced) -> np.ndarray:
+        """This rank's part of the squared norm of every tensor's gradient, float64 `[tensors]`."""
+        return tensor_squared_norms(
+            reduced.gradient / reduced.rows,
+            self.run.layout.segments(rank),
+            len(self.run.program.weights),
+        )
+
+    def apply(
+        self,
+        state: RankState,
+        reduced: Reduced,
+        learning_rates: Sequence[float],
+        squared_norms: np.ndarray | None = None,
+        stop: Callable[[int, float], bool] | None = None,
+    ) -> RankState:
+        """The state after the optimizer's step on this rank's shard.
+
+        Args:
+            state: of this rank, before the step.
+            reduced: this rank's slice of the sums.
+            learning_rates: per group.
+            squared_norms: of every tensor's gradient, summed over ranks; where clipping needs it.
+            stop: see `RoundPlan`; every rank gets the same answer, so all halt together.
+        """
+        if state.halt or reduced.halt:
+            return replace(state, halt=state.halt or reduced.halt)
+        run, layout = self.run, self.run.layout
+        started = time.perf_counter()
+        shard, slots = np.empty_like(state.shard), []
+        segments = layout.segments(state.rank)
+        for group, (update, clipping) in enumerate(zip(self._updates, run.clippings, strict=True)):
+            part = layout.group_slice(group)
+            scale: Any = np.asarray(1.0, layout.dtype)
+            if clipping.needs_norms:
+                assert squared_norms is not None
+                scale = scales(
+                    clipping,
+                    squared_norms,
+                    segments,
+                    [weight.group == group for weight in run.program.weights],
+                    layout.shard_size,
+                )[part].astype(layout.dtype)
+            outputs = update(
+                state.shard[part],
+                reduced.gradient[part],
+                np.float64(reduced.rows),
+                scale,
+                np.float32(learning_rates[group]),
+                *state.slots[group],
+            )
+            shard[part] = outputs[0].numpy()
+            slots.append([output.numpy() for output in outputs[1:]])
+        seconds = {**reduced.seconds, "update": time.perf_counter() - started}
+        record = StepRecord(
+            step=state.step + 1,
+            loss=reduced.loss_sum / reduced.rows,
+            rows=reduced.rows,
+            seconds=seconds,
+        )
+        return RankState(
+            rank=state.rank,
+            step=state.step + 1,
+            shard=shard,
+            slots=slots,
+            mean=reduced.mean,
+            first=reduced.first,
+            records=[*state.records, record],
+            halt=Halt("stop", record.step) if stop and stop(record.step, record.loss) else None,
+        )
+
+    def evaluate(self, evaluation: Evaluation, replica: Replica, batches: Any) -> list[np.ndarray]:
+        """The accumulators after all batches of this rank."""
+        call = load(evaluation.graph)
+        accumulators: list[Any] = list(evaluation.initial)
+        for batch, _ in batches:
+            accumulators = call(
+                replica.flat,
+                *replica.state,
+                *[batch[i] for i in evaluation.batch],
+                *accumulators,
+            )
+        return [np.asarray(value) for value in accumulators]
+
+
+def shard_message(state: RankState) -> Message:
+    """What a rank tells every rank before the next gradient: its shard and model state."""
+    return Message(
+        "shard",
+        state.rank,
+        {"step": state.step, "halt": _halt_meta(state.halt)},
+        {"shard": state.shard, "mean": state.mean, **_numbered("first", state.first)},
+    )
+
+
+def gradient_message(run: Run, contribution: Contribution, owner: int) -> Message:
+    """What a rank tells the owner of a slice: its part of the sums."""
+    arrays: dict[str, np.ndarray] = _numbered("first", contribution.first)
+    if contribution.gradient is not None and contribution.mean is not None:
+        arrays["gradient"] = run.layout.shard(contribution.gradient, owner)
+        arrays["mean"] = run.state_layout.slice_of(contribution.mean, owner)
+    return Message(
+        "gradient",
+        contribution.rank,
+        {
+            "rows": contribution.rows,
+            "loss_sum": contribution.loss_sum,
+            "halt": _halt_meta(contribution.halt),
+            "seconds": contribution.seconds,
+        },
+        arrays,
+    )
+
+
+def state_to_message(state: RankState) -> Message:
+    """A rank's whole state as a message to itself, or for a commit."""
+    arrays = {"shard": state.shard, "mean": state.mean, **_numbered("first", state.first)}
+    for group, slots in enumerate(state.slots):
+        arrays.update(_numbered(f"slot{group}.", slots))
+    meta = {
+        "step": state.step,
+        "halt": _halt_meta(state.halt),
+        "records": [asdict(record) for record in state.records],
+        "slots": [len(slots) for slots in state.slots],
+        "first": len(state.first),
+    }
+    return Message("state", state.rank, meta, arrays)
+
+
+def state_from_message(message: Message) -> RankState:
+    """The inverse of `state_to_message`."""
+    meta, arrays = message.meta, message.arrays
+    return RankState(
+        rank=message.source,
+        step=meta["step"],
+        shard=arrays["shard"],
+        slots=[
+            [arrays[f"slot{group}.{i}"] for i in range(count)]
+            for group, count in enumerate(meta["slots"])
+        ],
+        mean=arrays["mean"],
+        first=[arrays[f"first{i}"] for i in range(meta["first"])],
+        records=[StepRecord(**record) for record in meta["records"]],
+        halt=_halt_from(meta["halt"]),
+    )
+
+
+_PROGRAMS: OrderedDict[str, RankProgram] = OrderedDict()
+_MOST_PROGRAMS = 4
+
+
+def rank_program(run: Run) -> RankProgram:
+    """The loaded programs of a run, cached in this process."""
+    program = _PROGRAMS.get(run.run_id)
+    if program is None:
+        program = _PROGRAMS[run.run_id] = RankProgram(run)
+        while len(_PROGRAMS) > _MOST_PROGRAMS:
+            _PROGRAMS.popitem(last=False)
+    return program
+
+
+def _finite(rank: int, step: int, loss_sum: float, gradient: np.ndarray) -> Halt | None:
+    if not np.isfinite(loss_sum):
+        return Halt("non_finite", step + 1, rank, "loss")
+    # A sum is finite only if every term is; float64 does not overflow on finite float32.
+    if not np.isfinite(gradient.sum(dtype=np.float64)):
+        return Halt("non_finite", step + 1, rank, "gradient")
+    return None
+
+
+def _shift_seed(value: np.ndarray, shift: int) -> np.ndarray:
+    shifted = np.array(value)
+    if shift:
+        mask = 2 ** (8 * shifted.itemsize) - 1
+        unsigned = shifted.reshape(-1).view(f"u{shifted.itemsize}")
+        unsigned[0] = (int(unsigned[0]) + shift) & mask
+    return shifted
+
+
+def _halt_meta(halt: Halt | None) -> dict[str, Any] | None:
+    return asdict(halt) if halt else None
+
+
+def _halt_from(meta: dict[str, Any] | None) -> Halt | None:
+    return Halt(**meta) if meta else None
+
+
+def _numbered(prefix: str, values: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}{i}": np.asarray(value) for i, value in enumerate(values)}

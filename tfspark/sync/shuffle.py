@@ -1,0 +1,405 @@
+"""The engine `shuffle`: short, stateless, non-blocking Spark stages; several steps chained in a job.
+
+```
+commit ──scatter──► A ──exchange──► B ──exchange──► A … B ──► commit
+                    │ gradient       │ sum, optimizer
+                    └ zip(handles)   └ (one more exchange of norms where clipping needs them)
+```
+
+* Stage A of rank `r` gets every shard, joins the flat vector, computes the gradient of its rows
+  and sends slice `j` to rank `j`.
+* Stage B of rank `j` sums its slice in rank order, steps the optimizer on its shard, and sends the
+  shard to every rank.
+* What a rank owns (shard, optimizer slots) travels along as a frame to itself, so no task needs
+  anything but its input: any task may run again, anywhere, and gives the same bits.
+
+A job takes the steps of one round. Its last stage B is persisted, on two executors where there are
+two, and cut off from its lineage: that is the commit. The shuffle files of the round are deleted
+at once, so neither lineage nor disk grows with steps.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pyspark import AccumulatorParam, Broadcast, SparkContext, StorageLevel
+from pyspark.rdd import RDD
+
+from tfspark.data.batches import BatchReader, evaluation_batches
+from tfspark.data.failures import driver_errors, reporting
+from tfspark.data.store import Handle
+from tfspark.graph.program import Evaluation
+from tfspark.graphdef.loader import configure_threads
+from tfspark.graphdef.pure import PureGraph
+from tfspark.sync import wire
+from tfspark.sync.engine import (
+    Engine,
+    Halt,
+    RankState,
+    RoundPlan,
+    RoundResult,
+    Run,
+    StepRecord,
+    merge_accumulators,
+)
+from tfspark.sync.frames import Message, decode, encode
+from tfspark.sync.local import sum_in_rank_order
+from tfspark.sync.rank import (
+    Contribution,
+    RankProgram,
+    gradient_message,
+    rank_program,
+    shard_message,
+    state_from_message,
+    state_to_message,
+)
+
+
+class ShuffleEngine(Engine):
+    """Trains on Spark's own shuffle and persistence; a commit is an RDD of one frame per rank.
+
+    Args:
+        context: the SparkContext.
+        handles: RDD of the training set's handles, partition `r` holding the handle of rank `r`.
+    """
+
+    name = "shuffle"
+
+    def __init__(self, context: SparkContext, handles: RDD):
+        self._context = context
+        self._source = handles
+        self._run: Broadcast | None = None
+        self._handles: RDD | None = None
+        self._commit: RDD | None = None
+
+    def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> RDD:
+        self._run = self._context.broadcast(run)
+        self._handles = _handle_frames(self._source, run.num_ranks)
+        ranks = self._context.parallelize(range(run.num_ranks), run.num_ranks)
+        self._commit = self._persisted(wire.frames(ranks, _Start(self._run, make_state)))
+        return self._commit
+
+    def round(self, commit: RDD, plan: RoundPlan) -> RoundResult:
+        started = time.perf_counter()
+        assert self._run is not None and self._handles is not None, "start() comes first"
+        run = self._run.value
+        news = self._context.accumulator({}, _LatestByRank())
+        received = wire.exchange(commit, _Scatter(run.num_ranks), run.num_ranks)
+        for index, rates in enumerate(plan.learning_rates):
+            step = plan.first_step + index
+            pairs = wire.zip_frames(self._handles, received)
+            gradients = wire.exchange(pairs, _Gradient(self._run, step), run.num_ranks)
+            if run.clips_by_norm:
+                gradients = wire.exchange(gradients, _Norms(self._run, step), run.num_ranks)
+            update = _Update(self._run, step, rates, plan.stop)
+            if index + 1 < plan.num_steps:
+                received = wire.exchange(gradients, _Thenscatter(update), run.num_ranks)
+            else:
+                final = wire.frames(gradients, _Thencommit(update, news))
+        with driver_errors():
+            result = self._persisted(final)
+        wire.clean_shuffles(gradients)
+        halt, records = news.value[0]
+        if halt and halt.kind == "non_finite":
+            wire.release(result)
+            return RoundResult(None, records, halt, time.perf_counter() - started)
+        wire.release(commit)
+        self._commit = result
+        return RoundResult(result, records, halt, time.perf_counter() - started)
+
+    def map_states(self, commit: RDD, function: Callable[[RankState], Any]) -> list[Any]:
+        with driver_errors():
+            return commit.mapPartitions(_OnState(function)).collect()
+
+    def states(self, commit: RDD) -> Iterator[RankState]:
+        # One rank at a time: the driver never holds more than one frame beside what it keeps.
+        for frame in wire.frames(commit, _without_slots).toLocalIterator():
+            yield state_from_message(decode(frame))
+
+    def evaluate(
+        self,
+        commit: RDD,
+        evaluation: Evaluation,
+        handles: RDD,
+        mapping: PureGraph | None,
+        batch_rows: int,
+    ) -> list[np.ndarray]:
+        assert self._run is not None, "start() comes first"
+        num_ranks = self._run.value.num_ranks
+        partitions = handles.getNumPartitions()
+        shared = self._context.broadcast((evaluation, mapping))
+        received = wire.exchange(commit, _Scatter(partitions, slots=False), partitions)
+        pairs = wire.zip_frames(_handle_frames(handles, num_ranks, persist=False), received)
+        with driver_errors():
+            parts = pairs.mapPartitions(_Evaluate(self._run, shared, batch_rows)).collect()
+        wire.clean_shuffles(received)
+        shared.destroy()
+        return merge_accumulators(evaluation, [pickle.loads(part) for part in parts])
+
+    def close(self) -> None:
+        for rdd in (self._commit, self._handles):
+            if rdd is not None:
+                wire.release(rdd)
+        if self._run is not None:
+            self._run.destroy()
+        self._commit = self._handles = self._run = None
+
+    def _persisted(self, frames: RDD) -> RDD:
+        frames.persist(wire.commit_level(self._context))
+        frames.localCheckpoint()
+        try:
+            wire.compute(frames)
+        except BaseException:
+            wire.release(frames)
+            raise
+        return frames
+
+
+def _handle_frames(handles: RDD, copies: int, *, persist: bool = True) -> RDD:
+    """One frame per rank that will send to the partition, so that the two sides zip."""
+    frames = wire.frames(handles, _HandleFrames(copies))
+    if persist:
+        # One replica, in memory: a handle must be lost together with its executor's store.
+        frames.persist(StorageLevel.MEMORY_ONLY)
+    return frames
+
+
+@dataclass(frozen=True)
+class _HandleFrames:
+    copies: int
+
+    def __call__(self, partition: int, handles: Iterable[Handle]) -> Iterator[bytes]:
+        (handle,) = handles
+        yield pickle.dumps(handle)
+        for _ in range(self.copies - 1):
+            yield b""
+
+
+@dataclass(frozen=True)
+class _Start:
+    run: Broadcast
+    make_state: Callable[[Run, int], RankState]
+
+    def __call__(self, rank: int, elements: Iterable[Any]) -> Iterator[bytes]:
+        _drain(elements)
+        with reporting(rank=rank, phase="start"):
+            yield encode(state_to_message(self.make_state(self.run.value, rank)))
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    """The first stage of a round: a commit goes to every rank."""
+
+    num_targets: int
+    slots: bool = True
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        (frame,) = frames
+        state = state_from_message(decode(frame)).settled()
+        yield from _to_all(state, self.num_targets, slots=self.slots)
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """Stage A."""
+
+    run: Broadcast
+    step: int
+
+    def __call__(
+        self, rank: int, pairs: Iterable[tuple[bytes, bytes]]
+    ) -> Iterator[tuple[int, bytes]]:
+        handle, messages = _receive_with_handle(pairs)
+        own = messages[rank]
+        halt = own.meta["halt"]
+        run = self.run.value
+        with reporting(rank=rank, step=self.step, phase="gradient"):
+            contribution = Contribution(rank, halt=Halt(**halt) if halt else None)
+            if not halt:
+                program = _program(run)
+                contribution = program.contribute(
+                    rank, self.step, program.replica(messages), _reader(run, handle)
+                )
+            for owner in range(run.num_ranks):
+                yield owner, encode(gradient_message(run, contribution, owner))
+            yield rank, encode(own)
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """Between A and B, where clipping needs norms over all ranks: every rank sums its slice."""
+
+    run: Broadcast
+    step: int
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        messages, own = _receive(frames, "gradient")
+        run = self.run.value
+        with reporting(rank=rank, step=self.step, phase="norms"):
+            program = _program(run)
+            reduced = program.reduce(messages)
+            halted = reduced.halt or own.meta["halt"]
+            norms = None if halted else program.squared_norms(rank, reduced)
+            for target in range(run.num_ranks):
+                arrays = {} if norms is None else {"norms": norms}
+                yield target, encode(Message("norms", rank, {}, arrays))
+            # The sums themselves go on to the next stage of the same rank.
+            for message in messages:
+                yield rank, encode(message)
+            yield rank, encode(own)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """Stage B: from the frames of all ranks to the new state of this one."""
+
+    run: Broadcast
+    step: int
+    learning_rates: tuple[float, ...]
+    stop: Callable[[int, float], bool] | None
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> RankState:
+        messages, own = _receive(frames, "gradient", "norms")
+        parts = [message for message in messages if message.kind == "gradient"]
+        norms = [m.arrays["norms"] for m in messages if m.kind == "norms" and m.arrays]
+        with reporting(rank=rank, step=self.step, phase="update"):
+            program = _program(self.run.value)
+            return program.apply(
+                state_from_message(own),
+                program.reduce(parts),
+                self.learning_rates,
+                sum_in_rank_order(norms) if norms else None,
+                self.stop,
+            )
+
+
+@dataclass(frozen=True)
+class _Thenscatter:
+    update: _Update
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        state = self.update(rank, frames)
+        yield from _to_all(state, self.update.run.value.num_ranks)
+
+
+@dataclass(frozen=True)
+class _Thencommit:
+    """The last stage of a round; rank 0 tells the driver what happened."""
+
+    update: _Update
+    news: Any  # Accumulator of {rank: (halt, records)}
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
+        state = self.update(rank, frames)
+        if rank == 0:
+            self.news.add({rank: (state.halt, tuple(state.records))})
+        yield encode(state_to_message(state))
+
+
+@dataclass(frozen=True)
+class _OnState:
+    function: Callable[[RankState], Any]
+
+    def __call__(self, frames: Iterable[bytes]) -> Iterator[Any]:
+        (frame,) = frames
+        state = state_from_message(decode(frame))
+        with reporting(rank=state.rank, step=state.step, phase="commit"):
+            yield self.function(state)
+
+
+@dataclass(frozen=True)
+class _Evaluate:
+    run: Broadcast
+    shared: Broadcast
+    batch_rows: int
+
+    def __call__(self, pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+        handle, messages = _receive_with_handle(pairs)
+        evaluation, mapping = self.shared.value
+        with reporting(rank=handle.rank, phase="evaluate"):
+            program = _program(self.run.value)
+            accumulators = program.evaluate(
+                evaluation,
+                program.replica(messages),
+                evaluation_batches(handle, self.batch_rows, mapping),
+            )
+        yield pickle.dumps(accumulators)
+
+
+class _LatestByRank(AccumulatorParam):
+    """A dictionary by rank: a task that ran twice says the same thing twice."""
+
+    def zero(self, value: dict[int, Any]) -> dict[int, Any]:
+        return {}
+
+    def addInPlace(self, value1: dict[int, Any], value2: dict[int, Any]) -> dict[int, Any]:
+        value1.update(value2)
+        return value1
+
+
+def _to_all(state: RankState, num_targets: int, *, slots: bool = True) -> Iterator[tuple[int, bytes]]:
+    """The shard to every rank; to the rank itself all that it owns."""
+    shard = encode(shard_message(state))
+    for target in range(num_targets):
+        own = slots and target == state.rank
+        yield target, encode(state_to_message(state)) if own else shard
+
+
+def _without_slots(rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
+    for frame in frames:
+        state = state_from_message(decode(frame))
+        state.slots = []
+        yield encode(state_to_message(state))
+
+
+def _receive_with_handle(
+    pairs: Iterable[tuple[bytes, bytes]],
+) -> tuple[Handle, list[Message]]:
+    """The handle of this partition and the messages of all ranks, by rank."""
+    handle, messages = None, []
+    for handle_frame, frame in pairs:
+        if handle_frame:
+            handle = pickle.loads(handle_frame)
+        messages.append(decode(frame))
+    assert handle is not None
+    return handle, sorted(messages, key=lambda message: message.source)
+
+
+def _receive(frames: Iterable[bytes], *kinds: str) -> tuple[list[Message], Message]:
+    """The messages of these kinds by rank, and the state that this rank sent itself."""
+    messages, own = [], None
+    for frame in frames:
+        message = decode(frame)
+        if message.kind in kinds:
+            messages.append(message)
+        else:
+            own = message
+    assert own is not None
+    return sorted(messages, key=lambda message: message.source), own
+
+
+def _program(run: Run) -> RankProgram:
+    configure_threads(run.task_threads)
+    return rank_program(run)
+
+
+_READERS: dict[tuple[str, Handle], BatchReader] = {}
+
+
+def _reader(run: Run, handle: Handle) -> BatchReader:
+    key = (run.run_id, handle)
+    if key not in _READERS:
+        while len(_READERS) >= 8:
+            _READERS.pop(next(iter(_READERS)))
+        _READERS[key] = BatchReader(handle, run.order, run.mapping)
+    return _READERS[key]
+
+
+def _drain(elements: Iterable[Any]) -> None:
+    for _ in elements:
+        pass
