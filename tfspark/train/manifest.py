@@ -1,0 +1,257 @@
+"""The manifest: all that a checkpoint says about itself, as one JSON document.
+
+A checkpoint is one folder of shard files plus this document, and exists from the moment the
+document does. The document says where every number lies, so that the weights can be read with
+NumPy and nothing else:
+
+```python
+import json, numpy as np
+
+manifest = json.load(open("model/step-00000120.json"))
+shards = [
+    (shard, np.fromfile(f"model/{manifest['folder']}/{shard['file']}", dtype=np.uint8))
+    for shard in manifest["shards"]
+]
+
+
+def array(shard, content, name):
+    entry = shard["arrays"][name]
+    dtype = np.dtype(entry["dtype"]).newbyteorder("<")
+    count = int(np.prod(entry["shape"], dtype=int))
+    return np.frombuffer(content, dtype, count, entry["offset"]).reshape(entry["shape"])
+
+
+weights = {}
+for index, group in enumerate(manifest["groups"]):
+    parts = [array(shard, content, f"weights/{index}") for shard, content in shards]
+    vector = np.concatenate(parts)[: group["size"]]  # what follows is padding
+    for tensor in manifest["tensors"]:
+        if tensor["group"] == index:
+            start = tensor["offset"] - group["offset"]
+            size = int(np.prod(tensor["shape"], dtype=int))
+            weights[tensor["name"]] = vector[start : start + size].reshape(tensor["shape"])
+```
+
+Arrays of a shard file are raw, C-ordered, little-endian, and called
+
+* `weights/G`, the rank's slice of the padded vector of group G, `[shard_size]`;
+* `slots/G/NAME`, a slot of the optimizer of group G, `[shard_size]` or `[]`;
+* `state/I`, tensor I of the model state, in the file of rank 0 only.
+
+`bfloat16` is written as its 16 bits (the upper half of a float32). A non-finite number (of the
+metrics) is written as Python's `json` does: `NaN`, `Infinity`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tfspark.errors import CheckpointError
+from tfspark.graph.program import StateSlot, UpdateSlot, Weight
+
+FORMAT_VERSION = 1
+"""Raised when a reader of the former format would misread the new one."""
+
+FOLDER = re.compile(r"step-(\d{8,})-[0-9a-f]{8}")
+"""Names of data folders: the step, and a random number for the attempt."""
+
+_FILE = re.compile(r"rank-\d{5,}\.bin")
+
+
+def weights_key(group: int) -> str:
+    """The array name of a group's weights in a shard file."""
+    return f"weights/{group}"
+
+
+def slot_key(group: int, name: str) -> str:
+    """The array name of an optimizer slot in a shard file."""
+    return f"slots/{group}/{name}"
+
+
+def state_key(index: int) -> str:
+    """The array name of a model state tensor in the file of rank 0."""
+    return f"state/{index}"
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The little-endian dtype of an array in a shard file."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name).newbyteorder("<")
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Where one array lies in its shard file; `offset` in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard file: its size in bytes, its CRC-32 (as of `zlib`), the arrays in it."""
+
+    rank: int
+    file: str
+    bytes: int
+    crc32: int
+    arrays: Mapping[str, ArrayInfo]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One trainable tensor; `offset` counts elements of the whole flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GroupEntry:
+    """One parameter group: elements `[offset, offset + size)` of the flat vector.
+
+    Rank r keeps elements `[r * shard_size, (r + 1) * shard_size)` of the group, padded at its end.
+    """
+
+    offset: int
+    size: int
+    shard_size: int
+    optimizer: str
+    slots: tuple[UpdateSlot, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds; `CheckpointStore.commit` fills in `folder` and `shards`.
+
+    Attributes:
+        step: steps done.
+        epoch: epochs begun, counted from 0; `rows`: rows used so far.
+        seed, batch_size: what the order of the rows follows from, with the step.
+        num_ranks: number of shard files.
+        tensors: the trainable tensors, in flat order.
+        groups: the parameter groups, in flat order.
+        state: the model state; its arrays lie in the file of rank 0.
+        training: what the driver needs to go on: schedules, triggers. Anything JSON can hold.
+        metrics: name to value, as of this step.
+        versions: of tfspark and of what it ran on.
+    """
+
+    step: int
+    epoch: int
+    rows: int
+    seed: int
+    batch_size: int
+    num_ranks: int
+    tensors: tuple[TensorEntry, ...]
+    groups: tuple[GroupEntry, ...]
+    state: tuple[StateSlot, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
+    shards: tuple[ShardInfo, ...] = ()
+
+    def to_json(self) -> str:
+        """The document."""
+        return json.dumps({"format": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """The manifest that the document describes.
+
+        Raises:
+            CheckpointError: it is cut short, of a later format, or names files outside its folder.
+        """
+        try:
+            entries = json.loads(text)
+            version = entries.pop("format")
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"This tfspark reads checkpoints of format {FORMAT_VERSION}. Received: format "
+                    f"{version}. Use the release of tfspark that wrote it."
+                )
+            manifest = cls(
+                **{
+                    **entries,
+                    "tensors": tuple(_entry(TensorEntry, entry) for entry in entries["tensors"]),
+                    "groups": tuple(_group(entry) for entry in entries["groups"]),
+                    "state": tuple(_entry(StateSlot, entry) for entry in entries["state"]),
+                    "shards": tuple(_shard(entry) for entry in entries["shards"]),
+                }
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "The manifest of a checkpoint is a JSON document as tfspark.train.manifest "
+                f"describes it. Received: one that cannot be read ({type(error).__name__}: "
+                f"{error})."
+            ) from error
+        names = [shard.file for shard in manifest.shards]
+        if not FOLDER.fullmatch(manifest.folder) or not all(map(_FILE.fullmatch, names)):
+            raise CheckpointError(
+                "A manifest names files of its own data folder only. Received: folder "
+                f"{manifest.folder!r}, files {names}."
+            )
+        return manifest
+
+
+def tensor_entries(weights: Sequence[Weight], dtype: str) -> tuple[TensorEntry, ...]:
+    """The entries of a program's weights, which lie in the flat vector in this order."""
+    entries, offset = [], 0
+    for weight in weights:
+        entries.append(TensorEntry(weight.name, tuple(weight.shape), dtype, weight.group, offset))
+        offset += weight.size
+    return tuple(entries)
+
+
+def compare_tensors(manifest: Manifest, weights: Sequence[Weight], dtype: str = "float32") -> None:
+    """Checks that a checkpoint belongs to a model with these weights.
+
+    The order of the weights and their groups may differ; names, shapes and dtypes may not.
+
+    Raises:
+        CheckpointError: names every tensor that is missing, left over or different.
+    """
+    saved = {entry.name: (entry.shape, entry.dtype) for entry in manifest.tensors}
+    wanted = {weight.name: (tuple(weight.shape), dtype) for weight in weights}
+    differences = [f"{name}: only in the model" for name in wanted if name not in saved] + [
+        f"{name}: only in the checkpoint" for name in saved if name not in wanted
+    ]
+    for name in wanted:
+        if name in saved and saved[name] != wanted[name]:
+            differences.append(
+                f"{name}: {wanted[name][1]} {wanted[name][0]} in the model, "
+                f"{saved[name][1]} {saved[name][0]} in the checkpoint"
+            )
+    if differences:
+        raise CheckpointError(
+            "A checkpoint resumes the model that wrote it. Received: a checkpoint of step "
+            f"{manifest.step} whose tensors differ ({'; '.join(differences)}). Use another "
+            "model_dir, or build the model that the checkpoint was written by.",
+        )
+
+
+def _entry(cls: type, entry: dict[str, Any]) -> Any:
+    return cls(**{**entry, "shape": tuple(entry["shape"])})
+
+
+def _group(entry: dict[str, Any]) -> GroupEntry:
+    return GroupEntry(**{**entry, "slots": tuple(UpdateSlot(**slot) for slot in entry["slots"])})
+
+
+def _shard(entry: dict[str, Any]) -> ShardInfo:
+    arrays = {name: _entry(ArrayInfo, array) for name, array in entry["arrays"].items()}
+    return ShardInfo(**{**entry, "arrays": arrays})
