@@ -1,0 +1,40 @@
+# Both everyday commands do their own set-up from a fresh clone:
+#   make quickstart   train LeNet on real digits, on Spark inside this machine
+#   make test         lint, types and every test
+# A Python other than python3: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: quickstart test lint format clean machine
+
+quickstart: $(READY)
+	$(BIN)/python examples/lenet.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy tfspark
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Order-only: the machine is looked at each time, but only changed requirements install anew.
+$(READY): setup.py requirements.txt | machine
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test,examples]' --constraint requirements.txt
+	@touch $@
+
+machine:
+	@PYTHON='$(PYTHON)' sh tools/check_machine.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

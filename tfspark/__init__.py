@@ -1,0 +1,124 @@
+"""Train TensorFlow and Keras models inside Spark tasks, on the data where it lies.
+
+The everyday names come straight from here and load what they need on first use, so that
+`import tfspark` itself imports neither TensorFlow nor PySpark.
+
+Example:
+    >>> from tfspark import Adam, MaxEpoch, TFDataset, TFOptimizer, init_nncontext
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from keras.optimizers import (
+        SGD,
+        Adadelta,
+        Adagrad,
+        Adam,
+        Adamax,
+        AdamW,
+        Ftrl,
+        Lion,
+        Nadam,
+        RMSprop,
+    )
+
+    from tfspark import errors
+    from tfspark.context import init_nncontext
+    from tfspark.data.dataset import TFDataset
+    from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
+    from tfspark.train.optimizer import TFOptimizer
+    from tfspark.train.schedules import (
+        EpochStep,
+        MultiStep,
+        Plateau,
+        Poly,
+        SequentialSchedule,
+        Step,
+        Warmup,
+    )
+    from tfspark.train.summary import TrainSummary, ValidationSummary
+    from tfspark.train.triggers import (
+        EveryEpoch,
+        MaxEpoch,
+        MaxIteration,
+        MaxScore,
+        MinLoss,
+        SeveralIteration,
+        TriggerAnd,
+        TriggerOr,
+    )
+
+__version__ = "0.1.0"
+
+_NAMES_OF = {
+    "keras.optimizers": (
+        "SGD Adadelta Adagrad Adam AdamW Adamax Ftrl Lion Nadam RMSprop"  # as Keras has them
+    ),
+    "tfspark.context": "init_nncontext",
+    "tfspark.data.dataset": "TFDataset",
+    "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
+    "tfspark.train.optimizer": "TFOptimizer",
+    "tfspark.train.schedules": ("EpochStep MultiStep Plateau Poly SequentialSchedule Step Warmup"),
+    "tfspark.train.summary": "TrainSummary ValidationSummary",
+    "tfspark.train.triggers": (
+        "EveryEpoch MaxEpoch MaxIteration MaxScore MinLoss SeveralIteration TriggerAnd TriggerOr"
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
+
+__all__ = [
+    "NDCG",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "EpochStep",
+    "EveryEpoch",
+    "Ftrl",
+    "HitRatio",
+    "Lion",
+    "MaxEpoch",
+    "MaxIteration",
+    "MaxScore",
+    "MinLoss",
+    "MultiStep",
+    "Nadam",
+    "Plateau",
+    "Poly",
+    "RMSprop",
+    "SequentialSchedule",
+    "SeveralIteration",
+    "Step",
+    "TFDataset",
+    "TFOptimizer",
+    "Top1Accuracy",
+    "Top5Accuracy",
+    "TrainSummary",
+    "TriggerAnd",
+    "TriggerOr",
+    "ValidationSummary",
+    "Warmup",
+    "errors",
+    "init_nncontext",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used (PEP 562)."""
+    if name == "errors":
+        return importlib.import_module("tfspark.errors")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'tfspark' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

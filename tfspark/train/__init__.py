@@ -1,0 +1,1 @@
+"""What the user trains with: optimizers, triggers, metrics, summaries, checkpoints."""
