@@ -118,7 +118,7 @@ def test_any_range_can_be_read_for_another_number_of_ranks(store, num_ranks):
     np.testing.assert_array_equal(store.read_flat_range(manifest, 1, 0, 1), FLAT[1])
     assert store.read_slot_range(manifest, 0, "iteration", 0, 9) == 5
     assert store.read_flat_range(manifest, 0, 4, 4).shape == (0,)
-    with pytest.raises(CheckpointError, match="momentum.*Received: 'velocity'"):
+    with pytest.raises(CheckpointError, match=r"momentum.*Received: 'velocity'"):
         store.read_slot_range(manifest, 0, "velocity", 0, 1)
 
 
@@ -141,7 +141,7 @@ def test_weights_can_be_read_with_json_and_numpy_alone(tmp_path):
     save(CheckpointStore(str(tmp_path)), 120, num_ranks=3)
 
     # The code of the module's docstring, word for word but for the folder.
-    manifest = json.load(open(tmp_path / "step-00000120.json"))
+    manifest = json.load(open(tmp_path / "step-00000120.json"))  # noqa: SIM115
     shards = [
         (shard, np.fromfile(tmp_path / manifest["folder"] / shard["file"], dtype=np.uint8))
         for shard in manifest["shards"]
@@ -186,7 +186,7 @@ def test_every_numeric_dtype_survives(store, dtype):
 
 
 def test_python_objects_are_refused(store):
-    with pytest.raises(CheckpointError, match="rank 3.*'state/0' with dtype object"):
+    with pytest.raises(CheckpointError, match=r"rank 3.*'state/0' with dtype object"):
         store.write_shard(store.begin(1), 3, {"state/0": np.array([b"a"], object)})
 
 
@@ -378,7 +378,7 @@ def test_commit_notices_files_the_driver_cannot_see(tmp_path):
     elsewhere = CheckpointStore(str(tmp_path / "executor"))
     os.makedirs(tmp_path / "executor" / attempt.folder)
     shard = elsewhere.write_shard(attempt, 0, shard_arrays(manifest, 0))
-    with pytest.raises(CheckpointError, match="rank 0.*missing.*all machines share"):
+    with pytest.raises(CheckpointError, match=r"rank 0.*missing.*all machines share"):
         CheckpointStore(str(tmp_path / "driver")).commit(attempt, manifest, [shard])
 
 
@@ -398,7 +398,7 @@ def test_retention(store):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for model_dir in (str(tmp_path / "file"), str(tmp_path / "file" / "below")):
-        with pytest.raises(CheckpointError, match="can be written.*Received: model_dir='file://"):
+        with pytest.raises(CheckpointError, match=r"can be written.*Received: model_dir='file://"):
             CheckpointStore(model_dir).check_writable()
     CheckpointStore(str(tmp_path / "new")).check_writable()
     assert list((tmp_path / "new").iterdir()) == []
