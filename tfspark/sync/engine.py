@@ -95,11 +95,11 @@ class Halt:
     """Why no further step was taken in a round; every rank carries the same one.
 
     Attributes:
-        kind: "stop" (the stop predicate fired: the state is good) or "non_finite" (a loss or a
-            gradient was NaN or infinite: the state is that before the step).
+        kind: "stop" (the stop predicate fired: the state is that after the step) or "non_finite"
+            (a loss or a gradient was NaN or infinite: the state is that before the step).
         step: the step that was being taken or had just ended.
         rank: where it was found; None for "stop".
-        what: "loss" or "gradient"; None for "stop".
+        what: "loss", "gradient" or "sum of gradients"; None for "stop".
     """
 
     kind: str
@@ -187,7 +187,8 @@ class RoundResult:
     """A new commit and what happened on the way.
 
     Attributes:
-        commit: the engine's own handle of the state; None if the round halted on "non_finite".
+        commit: the engine's own handle of the state after the last of `records`. None if a sum of
+            finite gradients overflowed: only its owner can see that, when others have gone on.
         records: one per finished step.
         halt: why it ended early, if it did.
         seconds: of the whole round, as the driver saw it.
@@ -219,8 +220,12 @@ class Engine(ABC):
         """Takes the steps of a plan from a commit."""
 
     @abstractmethod
-    def map_states(self, commit: Any, function: Callable[[RankState], Any]) -> list[Any]:
-        """`function` of every rank's state, called where it lies; results by rank, small."""
+    def map_states(self, commit: Any, function: Callable[[Run, RankState], Any]) -> list[Any]:
+        """`function(run, state)` of every rank's state, called where it lies.
+
+        Returns:
+            The results by rank; they come to the driver, so keep them small.
+        """
 
     @abstractmethod
     def states(self, commit: Any) -> Any:
@@ -246,8 +251,29 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def rebuild(self) -> None:
+        """Materialises the training set anew, after a `StoreLostError`; rows and order stay."""
+
+    @abstractmethod
     def close(self) -> None:
         """Frees what the engine holds; the commits are gone afterwards."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks together say of a round."""
+
+    consistent: bool
+    halt: Halt | None
+    records: tuple[StepRecord, ...]
+
+
+def merge_outcomes(ranks: Sequence[tuple[int, Halt | None, tuple[StepRecord, ...]]]) -> Outcome:
+    """The outcome of a round from every rank's (finished steps, halt, records)."""
+    steps = {step for step, _, _ in ranks}
+    halts = [halt for _, halt, _ in ranks if halt]
+    records = min((records for _, _, records in ranks), key=len)
+    return Outcome(len(steps) == 1, halts[0] if halts else None, records)
 
 
 def merge_accumulators(

@@ -10,6 +10,7 @@ import numpy as np
 
 from tfspark.data.batches import BatchReader, evaluation_batches
 from tfspark.data.store import Handle
+from tfspark.errors import TrainingError
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.pure import PureGraph
 from tfspark.sync.engine import (
@@ -19,6 +20,7 @@ from tfspark.sync.engine import (
     RoundResult,
     Run,
     merge_accumulators,
+    merge_outcomes,
 )
 from tfspark.sync.rank import (
     RankProgram,
@@ -53,13 +55,13 @@ class LocalEngine(Engine):
         states = [state.settled() for state in commit]
         for rates in plan.learning_rates:
             states = self._step(states, rates, plan)
-            if states[0].halt:
+            if any(state.halt for state in states):
                 break
-        halt = states[0].halt
+        outcome = merge_outcomes([(s.step, s.halt, tuple(s.records)) for s in states])
         return RoundResult(
-            commit=None if halt and halt.kind == "non_finite" else states,
-            records=tuple(states[0].records),
-            halt=halt,
+            commit=states if outcome.consistent else None,
+            records=outcome.records,
+            halt=outcome.halt,
             seconds=time.perf_counter() - started,
         )
 
@@ -87,9 +89,9 @@ class LocalEngine(Engine):
         ]
 
     def map_states(
-        self, commit: list[RankState], function: Callable[[RankState], Any]
+        self, commit: list[RankState], function: Callable[[Run, RankState], Any]
     ) -> list[Any]:
-        return [function(state) for state in commit]
+        return [function(self._program.run, state) for state in commit]
 
     def states(self, commit: list[RankState]) -> Iterator[RankState]:
         return iter(commit)
@@ -110,6 +112,13 @@ class LocalEngine(Engine):
             for handle in handles
         ]
         return merge_accumulators(evaluation, parts)
+
+    def rebuild(self) -> None:
+        # Local stores live as long as this process; one that is gone was deleted by someone.
+        raise TrainingError(
+            "The engine 'local' reads the stores that it wrote into this machine's temporary "
+            "folder. Received: a store that is gone. Keep temporary files while training runs."
+        )
 
     def close(self) -> None:
         self._readers = []

@@ -226,8 +226,9 @@ class RankProgram:
             squared_norms: of every tensor's gradient, summed over ranks; where clipping needs it.
             stop: see `RoundPlan`; every rank gets the same answer, so all halt together.
         """
-        if state.halt or reduced.halt:
-            return replace(state, halt=state.halt or reduced.halt)
+        halt = state.halt or reduced.halt or self._overflow(state, reduced)
+        if halt:
+            return replace(state, halt=halt)
         run, layout = self.run, self.run.layout
         started = time.perf_counter()
         shard, slots = np.empty_like(state.shard), []
@@ -271,6 +272,12 @@ class RankProgram:
             records=[*state.records, record],
             halt=Halt("stop", record.step) if stop and stop(record.step, record.loss) else None,
         )
+
+    @staticmethod
+    def _overflow(state: RankState, reduced: Reduced) -> Halt | None:
+        if _all_finite(reduced.gradient):
+            return None
+        return Halt("non_finite", state.step + 1, state.rank, "sum of gradients")
 
     def evaluate(self, evaluation: Evaluation, replica: Replica, batches: Any) -> list[np.ndarray]:
         """The accumulators after all batches of this rank."""
@@ -365,10 +372,15 @@ def rank_program(run: Run) -> RankProgram:
 def _finite(rank: int, step: int, loss_sum: float, gradient: np.ndarray) -> Halt | None:
     if not np.isfinite(loss_sum):
         return Halt("non_finite", step + 1, rank, "loss")
-    # A sum is finite only if every term is; float64 does not overflow on finite float32.
-    if not np.isfinite(gradient.sum(dtype=np.float64)):
+    if not _all_finite(gradient):
         return Halt("non_finite", step + 1, rank, "gradient")
     return None
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    # A sum is finite only if every term is, and no sum of float32 overflows float64. Of float64
+    # it may: then every element is looked at.
+    return bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())
 
 
 def _shift_seed(value: np.ndarray, shift: int) -> np.ndarray:

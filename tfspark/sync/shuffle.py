@@ -44,8 +44,8 @@ from tfspark.sync.engine import (
     RoundPlan,
     RoundResult,
     Run,
-    StepRecord,
     merge_accumulators,
+    merge_outcomes,
 )
 from tfspark.sync.frames import Message, decode, encode
 from tfspark.sync.local import sum_in_rank_order
@@ -104,17 +104,23 @@ class ShuffleEngine(Engine):
         with driver_errors():
             result = self._persisted(final)
         wire.clean_shuffles(gradients)
-        halt, records = news.value[0]
-        if halt and halt.kind == "non_finite":
+        outcome = merge_outcomes([news.value[rank] for rank in range(run.num_ranks)])
+        if outcome.consistent:
+            wire.release(commit)
+            self._commit = result
+        else:
             wire.release(result)
-            return RoundResult(None, records, halt, time.perf_counter() - started)
-        wire.release(commit)
-        self._commit = result
-        return RoundResult(result, records, halt, time.perf_counter() - started)
+        return RoundResult(
+            commit=result if outcome.consistent else None,
+            records=outcome.records,
+            halt=outcome.halt,
+            seconds=time.perf_counter() - started,
+        )
 
-    def map_states(self, commit: RDD, function: Callable[[RankState], Any]) -> list[Any]:
+    def map_states(self, commit: RDD, function: Callable[[Run, RankState], Any]) -> list[Any]:
+        assert self._run is not None, "start() comes first"
         with driver_errors():
-            return commit.mapPartitions(_OnState(function)).collect()
+            return commit.mapPartitions(_OnState(self._run, function)).collect()
 
     def states(self, commit: RDD) -> Iterator[RankState]:
         # One rank at a time: the driver never holds more than one frame beside what it keeps.
@@ -140,6 +146,13 @@ class ShuffleEngine(Engine):
         wire.clean_shuffles(received)
         shared.destroy()
         return merge_accumulators(evaluation, [pickle.loads(part) for part in parts])
+
+    def rebuild(self) -> None:
+        assert self._run is not None and self._handles is not None, "start() comes first"
+        for rdd in (self._handles, self._source):
+            rdd.unpersist(blocking=True)
+        self._source.persist(StorageLevel.MEMORY_ONLY)
+        self._handles = _handle_frames(self._source, self._run.value.num_ranks)
 
     def close(self) -> None:
         for rdd in (self._commit, self._handles):
@@ -215,8 +228,7 @@ class _Gradient:
         self, rank: int, pairs: Iterable[tuple[bytes, bytes]]
     ) -> Iterator[tuple[int, bytes]]:
         handle, messages = _receive_with_handle(pairs)
-        own = messages[rank]
-        halt = own.meta["halt"]
+        halt = next((m.meta["halt"] for m in messages if m.meta["halt"]), None)
         run = self.run.value
         with reporting(rank=rank, step=self.step, phase="gradient"):
             contribution = Contribution(rank, halt=Halt(**halt) if halt else None)
@@ -227,7 +239,7 @@ class _Gradient:
                 )
             for owner in range(run.num_ranks):
                 yield owner, encode(gradient_message(run, contribution, owner))
-            yield rank, encode(own)
+            yield rank, encode(messages[rank])
 
 
 @dataclass(frozen=True)
@@ -289,27 +301,27 @@ class _Thenscatter:
 
 @dataclass(frozen=True)
 class _Thencommit:
-    """The last stage of a round; rank 0 tells the driver what happened."""
+    """The last stage of a round; every rank tells the driver what happened."""
 
     update: _Update
-    news: Any  # Accumulator of {rank: (halt, records)}
+    news: Any  # Accumulator of {rank: (finished steps, halt, records)}
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
         state = self.update(rank, frames)
-        if rank == 0:
-            self.news.add({rank: (state.halt, tuple(state.records))})
+        self.news.add({rank: (state.step, state.halt, tuple(state.records))})
         yield encode(state_to_message(state))
 
 
 @dataclass(frozen=True)
 class _OnState:
-    function: Callable[[RankState], Any]
+    run: Broadcast
+    function: Callable[[Run, RankState], Any]
 
     def __call__(self, frames: Iterable[bytes]) -> Iterator[Any]:
         (frame,) = frames
         state = state_from_message(decode(frame))
         with reporting(rank=state.rank, step=state.step, phase="commit"):
-            yield self.function(state)
+            yield self.function(self.run.value, state)
 
 
 @dataclass(frozen=True)

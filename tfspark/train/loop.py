@@ -1,0 +1,223 @@
+"""The loop of rounds: plan, run, record, validate, save, until the end trigger fires.
+
+The loop decides; engines do. Its only state is the newest good commit and the progress up to it,
+so whatever happens inside a round, what came before it is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from tfspark.data.order import BatchOrder
+from tfspark.errors import NonFiniteError, StoreLostError
+from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
+from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.pacing import Pacing
+from tfspark.train.saving import save
+from tfspark.train.summary import TrainSummary, ValidationSummary
+from tfspark.train.triggers import Progress, Trigger
+
+logger = logging.getLogger("tfspark")
+
+MOST_REBUILDS = 3
+"""Times in a row that lost stores are rebuilt before the loss is an error."""
+
+
+class Rates(Protocol):
+    """The learning rates of the parameter groups; `ParameterGroups` is the real one."""
+
+    def learning_rates(self, step: int) -> tuple[float, ...]:
+        """One rate per group for the step after `step` finished ones."""
+
+    def observe(self, score: float) -> None:
+        """Tells the schedules that watch a score of a validation."""
+
+    def state(self) -> dict[str, Any]:
+        """What the schedules remember, as JSON."""
+
+
+class Reporter(Protocol):
+    """Shows progress to the user."""
+
+    def update(self, progress: Progress, rows_per_second: float) -> None:
+        """Shows the progress after a round."""
+
+
+@dataclass(frozen=True)
+class StopWhen:
+    """A trigger as the stop predicate of a round: pure, and the same on every rank."""
+
+    trigger: Trigger
+    order: BatchOrder
+    score: float | None
+
+    def __call__(self, step: int, loss: float) -> bool:
+        return self.trigger(progress_at(self.order, step, loss, self.score))
+
+
+def progress_at(
+    order: BatchOrder, step: int, loss: float | None = None, score: float | None = None
+) -> Progress:
+    """The progress after `step` finished steps."""
+    epoch, step_in_epoch = order.locate(step)
+    done = min(step_in_epoch * order.batch_size, order.total_rows)
+    return Progress(
+        step=step,
+        epoch=epoch,
+        step_in_epoch=step_in_epoch,
+        steps_per_epoch=order.steps_per_epoch,
+        rows=epoch * order.total_rows + done,
+        loss=loss,
+        score=score,
+    )
+
+
+@dataclass
+class TrainingLoop:
+    """Runs rounds of an engine from a commit until a trigger fires.
+
+    Attributes:
+        engine, run: started.
+        rates: learning rates by step.
+        commit: the newest good commit.
+        progress: after `commit`.
+        validate: gives the scores of a commit by metric name, the first of which is *the* score;
+            None without validation.
+        store, retention: where checkpoints go, and which stay; None: nowhere.
+        train_summary, validation_summary: what is written for TensorBoard.
+        reporter: the progress bar.
+        pacing: the length of rounds.
+        scores: of the last validation.
+    """
+
+    engine: Engine
+    run: Run
+    rates: Rates
+    commit: Any
+    progress: Progress
+    reporter: Reporter
+    validate: Callable[[Any], dict[str, float]] | None = None
+    store: CheckpointStore | None = None
+    retention: Retention = field(default_factory=Retention)
+    train_summary: TrainSummary | None = None
+    validation_summary: ValidationSummary | None = None
+    pacing: Pacing = field(default_factory=Pacing)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    _saved_step: int | None = None
+
+    def train(self, end: Trigger, checkpoint: Trigger, validation: Trigger) -> None:
+        """Takes steps until `end` fires; `commit` and `progress` follow along.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is NaN or infinite; `commit` is the newest state
+                that is good on all ranks.
+            TFSparkError: whatever the engine met; `commit` stays good.
+        """
+        seconds_per_step = None
+        while not end(self.progress):
+            watched = [end, checkpoint] if self.store else [end]
+            watched += [validation] if self.validate else []
+            horizons = [trigger.horizon(self.progress) for trigger in watched]
+            result = self._round(self.pacing.steps(horizons, seconds_per_step), end)
+            self._record(result)
+            self._advance(result)
+            if result.halt and result.halt.kind == "non_finite":
+                raise _non_finite(result)
+            seconds_per_step = result.seconds / len(result.records)
+            if self.validate and validation(self.progress):
+                self._validate()
+            if self.store and checkpoint(self.progress):
+                self.save()
+        if self.store and self._saved_step != self.progress.step and self.progress.step:
+            self.save()
+
+    def save(self) -> None:
+        """Writes the newest commit as a checkpoint."""
+        assert self.store is not None
+        save(
+            self.store,
+            self.engine,
+            self.run,
+            self.commit,
+            self.progress,
+            {"schedules": self.rates.state(), "rows_per_epoch": self.run.order.total_rows},
+            self.scores,
+        )
+        self.store.retain(self.retention)
+        self._saved_step = self.progress.step
+
+    def _round(self, num_steps: int, end: Trigger) -> RoundResult:
+        first = self.progress.step
+        plan = RoundPlan(
+            first_step=first,
+            learning_rates=tuple(
+                self.rates.learning_rates(step) for step in range(first, first + num_steps)
+            ),
+            stop=StopWhen(end, self.run.order, self.progress.score),
+        )
+        for attempt in range(MOST_REBUILDS):
+            try:
+                return self.engine.round(self.commit, plan)
+            except StoreLostError as error:
+                logger.warning("Rebuilding lost stores (%d of %d): %s", attempt + 1, MOST_REBUILDS, error)
+                self.engine.rebuild()
+        return self.engine.round(self.commit, plan)
+
+    def _advance(self, result: RoundResult) -> None:
+        if result.commit is None or not result.records:
+            return
+        self.commit = result.commit
+        last = result.records[-1]
+        self.progress = progress_at(self.run.order, last.step, last.loss, self.progress.score)
+        rows = sum(record.rows for record in result.records)
+        self.reporter.update(self.progress, rows / result.seconds)
+
+    def _record(self, result: RoundResult) -> None:
+        if self.train_summary is None or not result.records:
+            return
+        seconds_per_step = result.seconds / len(result.records)
+        for record in result.records:
+            scalars = {
+                "Loss": record.loss,
+                "LearningRate": self.rates.learning_rates(record.step - 1)[0],
+                "Throughput": record.rows / seconds_per_step,
+                **_phases(record, seconds_per_step),
+            }
+            for tag, value in scalars.items():
+                self.train_summary.add_scalar(tag, value, record.step)
+        self.train_summary.flush()
+
+    def _validate(self) -> None:
+        assert self.validate is not None
+        self.scores = self.validate(self.commit)
+        score = next(iter(self.scores.values()))
+        self.progress = replace(self.progress, score=score)
+        self.rates.observe(score)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        logger.info("Validation after step %d: %s", self.progress.step, shown)
+        if self.validation_summary is not None:
+            for name, value in self.scores.items():
+                self.validation_summary.add_scalar(name, value, self.progress.step)
+            self.validation_summary.flush()
+
+
+def _phases(record: StepRecord, seconds_per_step: float) -> dict[str, float]:
+    """Seconds of each phase; what is no phase of a task is exchange and scheduling."""
+    rest = max(0.0, seconds_per_step - sum(record.seconds.values()))
+    return {f"Phase/{name}": value for name, value in {**record.seconds, "exchange": rest}.items()}
+
+
+def _non_finite(result: RoundResult) -> NonFiniteError:
+    halt = result.halt
+    assert halt is not None
+    return NonFiniteError(
+        f"The {halt.what} must be finite. Received: NaN or infinity. The weights of the last "
+        "good commit are kept; lower the learning rate, clip the gradient "
+        "(clip_norm=, clip_value=), or look at the rows of this batch.",
+        rank=halt.rank,
+        step=halt.step,
+        phase="gradient",
+    )

@@ -1,0 +1,234 @@
+"""From a commit to a checkpoint and back: which array of a rank's state is called what."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import tfspark
+from tfspark.errors import CheckpointError
+from tfspark.sync.engine import Engine, RankState, Run
+from tfspark.train.checkpoint import Attempt, CheckpointStore
+from tfspark.train.manifest import (
+    GroupEntry,
+    Manifest,
+    ShardInfo,
+    slot_key,
+    state_key,
+    tensor_entries,
+    weights_key,
+)
+from tfspark.train.triggers import Progress
+
+
+def save(
+    store: CheckpointStore,
+    engine: Engine,
+    run: Run,
+    commit: Any,
+    progress: Progress,
+    training: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> Manifest:
+    """Writes a commit as the checkpoint of its step; every rank writes its own shard.
+
+    Args:
+        store: where to.
+        engine: that made the commit.
+        run, commit, progress: what is saved.
+        training: what the driver needs to go on, as JSON.
+        metrics: of the last validation.
+    """
+    merged: Sequence[np.ndarray] = ()
+    first: Sequence[np.ndarray] = ()
+    if run.program.state:
+        parts = engine.map_states(commit, _model_state)
+        merged, first = [mean for mean, _ in parts], parts[0][1]
+    attempt = store.begin(progress.step)
+    shards = engine.map_states(commit, _WriteShard(store, attempt, tuple(merged), tuple(first)))
+    return store.commit(attempt, _manifest(run, progress, training, metrics), shards)
+
+
+@dataclass(frozen=True)
+class FromValues:
+    """Makes the state of a rank before the first step, from the initial weights.
+
+    Attributes:
+        flat: anything with a `value`: a Spark broadcast of the flat vector `[P]`, or `Here`.
+    """
+
+    flat: Any
+
+    def __call__(self, run: Run, rank: int) -> RankState:
+        return RankState.initial(run, self.flat.value, rank)
+
+
+@dataclass(frozen=True)
+class Here:
+    """A value in this process, where a broadcast would be too much."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class FromCheckpoint:
+    """Makes the state of a rank from a checkpoint, whatever the number of ranks was.
+
+    The run must have been built with the checkpoint's model state (`read_state`).
+    """
+
+    store: CheckpointStore
+    manifest: Manifest
+
+    def __call__(self, run: Run, rank: int) -> RankState:
+        state = RankState.initial(run, np.zeros(run.layout.size, run.layout.dtype), rank)
+        state.step = self.manifest.step
+        if _same_layout(self.manifest, run):
+            self._read_own(run, state)
+        else:
+            self._read_segments(run, state)
+        return state
+
+    def _read_own(self, run: Run, state: RankState) -> None:
+        arrays = self.store.read_shard(self.manifest, state.rank)
+        for group, update in enumerate(run.updates):
+            state.shard[run.layout.group_slice(group)] = arrays[weights_key(group)]
+            state.slots[group] = [arrays[slot_key(group, slot.name)] for slot in update.slots]
+
+    def _read_segments(self, run: Run, state: RankState) -> None:
+        entries = {entry.name: entry for entry in self.manifest.tensors}
+        bounds = np.cumsum([0, *(weight.size for weight in run.program.weights)])
+        for segment in run.layout.segments(state.rank):
+            weight = run.program.weights[segment.tensor]
+            entry = entries[weight.name]
+            base = run.layout.group_slice(weight.group).start
+            owned, _ = run.layout.owned(weight.group, state.rank)
+            # Elements of the tensor, then elements of the group it was saved in.
+            begin = segment.start - base + owned - int(bounds[segment.tensor])
+            begin += entry.offset - self.manifest.groups[entry.group].offset
+            end = begin + segment.stop - segment.start
+            state.shard[segment.start : segment.stop] = self.store.read_flat_range(
+                self.manifest, entry.group, begin, end
+            )
+            for slot, values in zip(
+                run.updates[weight.group].slots, state.slots[weight.group], strict=True
+            ):
+                read = self.store.read_slot_range(
+                    self.manifest, entry.group, slot.name, begin, end
+                )
+                if slot.kind == "vector":
+                    values[segment.start - base : segment.stop - base] = read
+        for group in range(run.layout.num_groups):
+            self._read_scalars(run, state, group, entries)
+
+    def _read_scalars(
+        self, run: Run, state: RankState, group: int, entries: Mapping[str, Any]
+    ) -> None:
+        # A rank may own nothing of a group, but keeps the group's scalars like every other.
+        name = next(weight.name for weight in run.program.weights if weight.group == group)
+        for index, slot in enumerate(run.updates[group].slots):
+            if slot.kind == "scalar":
+                state.slots[group][index] = self.store.read_slot_range(
+                    self.manifest, entries[name].group, slot.name, 0, 1
+                )
+
+
+def check_resumable(manifest: Manifest, run: Run) -> None:
+    """Checks that optimizers and model state of a checkpoint are those of the run.
+
+    Raises:
+        CheckpointError: names what differs. (Tensors are compared by `compare_tensors`.)
+    """
+    entries = {entry.name: manifest.groups[entry.group] for entry in manifest.tensors}
+    for weight in run.program.weights:
+        saved, wanted = entries[weight.name], run.updates[weight.group]
+        if [slot.name for slot in saved.slots] != [slot.name for slot in wanted.slots]:
+            raise CheckpointError(
+                "A checkpoint resumes with the optimizer that wrote it. Received: "
+                f"{wanted.name} with slots {[slot.name for slot in wanted.slots]} for "
+                f"{weight.name!r}; saved: {saved.optimizer} with slots "
+                f"{[slot.name for slot in saved.slots]}. Use the former optimizer, or another "
+                "model_dir and load the weights alone."
+            )
+    saved_state = [(slot.name, slot.dtype, tuple(slot.shape)) for slot in manifest.state]
+    wanted_state = [(slot.name, slot.dtype, tuple(slot.shape)) for slot in run.program.state]
+    if saved_state != wanted_state:
+        differing = sorted({str(entry) for entry in set(saved_state) ^ set(wanted_state)})
+        raise CheckpointError(
+            "A checkpoint resumes the model that wrote it. Received: a model whose state (what "
+            f"changes but is not trained) differs in {', '.join(differing) or 'its order'}."
+        )
+
+
+@dataclass(frozen=True)
+class _WriteShard:
+    """Writes the shard of a rank where it lies; rank 0 adds the model state."""
+
+    store: CheckpointStore
+    attempt: Attempt
+    merged: tuple[np.ndarray, ...]
+    first: tuple[np.ndarray, ...]
+
+    def __call__(self, run: Run, state: RankState) -> ShardInfo:
+        arrays: dict[str, np.ndarray] = {}
+        for group, update in enumerate(run.updates):
+            arrays[weights_key(group)] = state.shard[run.layout.group_slice(group)]
+            for slot, values in zip(update.slots, state.slots[group], strict=True):
+                arrays[slot_key(group, slot.name)] = values
+        if state.rank == 0 and run.program.state:
+            whole = run.state_layout.assemble(run.state, np.concatenate(self.merged), self.first)
+            arrays.update({state_key(i): np.asarray(value) for i, value in enumerate(whole)})
+        return self.store.write_shard(self.attempt, state.rank, arrays)
+
+
+def _model_state(run: Run, state: RankState) -> tuple[np.ndarray, list[np.ndarray]]:
+    return state.mean, state.first if state.rank == 0 else []
+
+
+def _same_layout(manifest: Manifest, run: Run) -> bool:
+    return manifest.num_ranks == run.num_ranks and manifest.tensors == tensor_entries(
+        run.program.weights, run.program.dtype
+    )
+
+
+def _manifest(
+    run: Run, progress: Progress, training: Mapping[str, Any], metrics: Mapping[str, float]
+) -> Manifest:
+    layout = run.layout
+    return Manifest(
+        step=progress.step,
+        epoch=progress.epoch,
+        rows=progress.rows,
+        seed=run.order.seed,
+        batch_size=run.order.batch_size,
+        num_ranks=run.num_ranks,
+        tensors=tensor_entries(run.program.weights, run.program.dtype),
+        groups=tuple(
+            GroupEntry(
+                layout.group_offsets[group],
+                layout.group_sizes[group],
+                layout.slice_sizes[group],
+                update.name,
+                update.slots,
+            )
+            for group, update in enumerate(run.updates)
+        ),
+        state=run.program.state,
+        training=dict(training),
+        metrics=dict(metrics),
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Of tfspark and of what it runs on; what came without metadata (an archive) is left out."""
+    versions = {"tfspark": tfspark.__version__}
+    for name in ("tensorflow", "tensorflow-cpu", "keras", "pyspark"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
