@@ -1,0 +1,154 @@
+"""Spark as init_nncontext starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pyspark
+import pytest
+
+from tfspark import context
+
+
+def test_the_active_context_is_joined(sc, caplog):
+    assert context.init_nncontext() is sc
+    assert not caplog.records
+    assert context.init_nncontext({"spark.task.cpus": 7}) is sc
+    assert "too late: spark.task.cpus=7 (is None)" in caplog.text
+
+
+def test_slots_and_threads_of_a_local_master(sc):
+    assert context.slots(sc) == 2
+    assert context.task_threads(sc) == 1
+
+
+STARTED = """
+    import json
+    from tfspark.context import init_nncontext, slots, task_threads
+    sc = init_nncontext({conf!r}, master={master!r})
+    def where(rows):
+        import importlib.util, sys
+        list(rows)
+        return [(sys.executable, importlib.util.find_spec("tfspark") is not None)]
+    workers = sc.parallelize(range(2), 2).mapPartitions(where).collect()
+    conf = dict(sc.getConf().getAll())
+    result = dict(slots=slots(sc), threads=task_threads(sc), workers=workers, conf=conf)
+    sc.stop()
+    print(json.dumps(result))
+"""
+
+
+def start(run_python, conf=None, master=None, **environment):
+    source = STARTED.format(conf=conf, master=master)
+    return json.loads(run_python(source, **environment).stdout.splitlines()[-1])
+
+
+@pytest.mark.cluster
+def test_a_plain_script_gets_an_embedded_spark(run_python):
+    started = start(run_python, {"spark.ui.enabled": False}, PYSPARK_PYTHON=None)
+    conf = started["conf"]
+    assert conf["spark.master"] == "local[*]"
+    assert started["workers"] == [[sys.executable, True]] * 2
+    assert int(conf["spark.driver.memory"].removesuffix("m")) >= 1024
+    assert conf["spark.ui.showConsoleProgress"] == "false"
+    assert conf["spark.driver.host"] == "127.0.0.1"
+
+
+@pytest.mark.cluster
+def test_what_the_user_set_stays(run_python, tmp_path):
+    (tmp_path / "spark-defaults.conf").write_text(
+        "spark.master local[3]\n"
+        "spark.driver.memory 1100m\n"
+        "spark.ui.showConsoleProgress true\n"
+        "spark.ui.enabled false\n"
+        "spark.locality.wait.node 1s\n"
+    )
+    started = start(
+        run_python,
+        {"spark.task.cpus": 2, "spark.log.level": "WARN"},
+        SPARK_CONF_DIR=str(tmp_path),
+        PYSPARK_SUBMIT_ARGS="--conf spark.python.unix.domain.socket.enabled=false pyspark-shell",
+    )
+    conf = started["conf"]
+    assert conf["spark.master"] == "local[3]"
+    assert (started["slots"], started["threads"]) == (1, 2)
+    assert conf["spark.driver.memory"] == "1100m"
+    assert conf["spark.ui.showConsoleProgress"] == "true"
+    assert conf["spark.locality.wait.node"] == "1s"
+    assert conf["spark.log.level"] == "WARN"
+    assert conf["spark.python.unix.domain.socket.enabled"] == "false"
+
+
+@pytest.mark.cluster
+def test_spark_submit_names_the_master(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(STARTED.format(conf="a name", master=None)))
+    submit = Path(pyspark.__file__).parent / "bin" / "spark-submit"
+    arguments = ["--master", "local[2]", "--conf", "spark.ui.enabled=false"]
+    result = subprocess.run(
+        [str(submit), *arguments, "--driver-memory", "1200m", str(script)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(context.__file__).parent.parent),
+            "PYSPARK_DRIVER_PYTHON": sys.executable,
+        },
+    )
+    assert result.returncode == 0, result.stderr
+    started = json.loads(result.stdout.splitlines()[-1])
+    assert started["slots"] == 2
+    assert started["workers"] == [[sys.executable, True]] * 2
+    assert started["conf"]["spark.driver.memory"] == "1200m"
+    assert started["conf"]["spark.app.name"] == "a name"
+
+
+@pytest.mark.cluster
+def test_a_socket_folder_too_long_is_left_alone(run_python, tmp_path):
+    folder = tmp_path / ("x" * 80)
+    folder.mkdir()
+    started = start(
+        run_python,
+        {
+            "spark.ui.enabled": False,
+            "spark.driver.extraJavaOptions": f"-Djava.io.tmpdir={folder}",
+        },
+        "local[2]",
+    )
+    assert "spark.python.unix.domain.socket.enabled" not in started["conf"]
+    assert len(started["workers"]) == 2
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_cluster_of_processes_is_checked_and_counted(run_python):
+    started = start(run_python, {"spark.ui.enabled": False}, "local-cluster[2,2,1024]")
+    assert started["slots"] == 4
+    assert started["workers"] == [[sys.executable, True]] * 2
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_executors_without_the_drivers_packages_are_named(run_python, tmp_path):
+    # -S leaves out site-packages, as an executor without TensorFlow would.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    source = """
+        from tfspark import init_nncontext
+        from tfspark.errors import ClusterError
+        try:
+            init_nncontext({"spark.ui.enabled": False}, master="local-cluster[1,1,1024]")
+        except ClusterError as error:
+            print("refused:", error)
+        from pyspark import SparkContext
+        assert SparkContext._active_spark_context is None
+    """
+    output = run_python(source, PYSPARK_PYTHON=str(python)).stdout
+    assert "refused: Executors need TensorFlow. Received: TensorFlow" in output
+    assert "on the driver, none on" in output

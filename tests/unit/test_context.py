@@ -1,0 +1,313 @@
+"""Decisions about Spark, without Spark."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pyspark import SparkConf
+
+from tfspark import context
+from tfspark.errors import ClusterError, InvalidInputError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def fake_java(folder: Path, output: str) -> Path:
+    """A `java` that prints this as its version, to standard error as the real one does."""
+    java = folder / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{output}\nEND\n")
+    java.chmod(java.stat().st_mode | stat.S_IXUSR)
+    return java
+
+
+JAVA_8 = 'java version "1.8.0_412"\nJava(TM) SE Runtime Environment'
+JAVA_11 = 'openjdk version "11.0.23" 2024-04-16'
+JAVA_21 = 'Picked up JAVA_TOOL_OPTIONS: -Xmx1g\nopenjdk version "21.0.3" 2024-04-16 LTS'
+JAVA_24_EA = 'openjdk version "24-ea" 2025-03-18'
+
+
+class TestJava:
+    @pytest.mark.parametrize(
+        ("output", "major"), [(JAVA_8, 8), (JAVA_11, 11), (JAVA_21, 21), (JAVA_24_EA, 24)]
+    )
+    def test_major_version(self, output, major):
+        assert context._java_version(output) == major
+
+    def test_a_new_one_in_java_home_is_taken(self, tmp_path, monkeypatch):
+        fake_java(tmp_path, JAVA_21)
+        monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+        context.check_java()
+
+    @pytest.mark.parametrize(
+        ("output", "received"), [(JAVA_8, "Java 8 in JAVA_HOME"), ("Segmentation fault", "no ver")]
+    )
+    def test_an_old_or_broken_one_in_java_home(self, tmp_path, monkeypatch, output, received):
+        fake_java(tmp_path, output)
+        monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+        with pytest.raises(ClusterError, match=f"Java 17 or later. Received: {received}") as caught:
+            context.check_java()
+        assert "\n" not in str(caught.value)
+
+    def test_none_on_the_path(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("JAVA_HOME", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(ClusterError, match="Received: none on the PATH"):
+            context.check_java()
+
+
+class TestMachineCheck:
+    """The script behind both make commands; it has to work before anything is installed."""
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        merged = {**os.environ, "JAVA_HOME": "", "PYTHON": sys.executable, **environment}
+        return subprocess.run(
+            ["/bin/sh", str(ROOT / "tools" / "check_machine.sh")],
+            capture_output=True,
+            text=True,
+            env=merged,
+        )
+
+    def test_a_good_machine_passes_without_a_word(self, tmp_path):
+        fake_java(tmp_path, JAVA_21)
+        result = self.run(JAVA_HOME=str(tmp_path))
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+    @pytest.mark.parametrize("output", [JAVA_8, JAVA_11, "garbage"])
+    def test_an_old_or_broken_java_is_one_line(self, tmp_path, output):
+        java = fake_java(tmp_path, output)
+        for where in (
+            {"JAVA_HOME": str(tmp_path)},
+            {"PATH": f"{java.parent}{os.pathsep}{os.environ['PATH']}"},
+        ):
+            result = self.run(**where)
+            assert result.returncode == 1
+            assert result.stderr.startswith("tfspark: Java 17 or later is needed")
+            assert "Install a JDK" in result.stderr
+            assert result.stderr.count("\n") == 1
+
+    def test_a_missing_java_is_one_line(self, tmp_path):
+        result = self.run(JAVA_HOME=str(tmp_path))
+        assert result.returncode == 1
+        assert "none was found in JAVA_HOME" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+    def test_a_missing_or_old_python_is_one_line(self, tmp_path):
+        old = tmp_path / "python3.8"
+        old.write_text('#!/bin/sh\ncase "$2" in *print*) echo 3.8;; *) exit 1;; esac\n')
+        old.chmod(0o755)
+        for python, received in ((str(old), "is 3.8"), ("no-such-python", "was not found")):
+            result = self.run(PYTHON=python)
+            assert result.returncode == 1
+            assert result.stderr.startswith("tfspark: Python 3.10 or later is needed")
+            assert received in result.stderr
+            assert result.stderr.count("\n") == 1
+
+
+class TestRequested:
+    def test_every_form_of_conf(self):
+        settings = {"spark.task.cpus": "2", "spark.app.name": "a"}
+        spark_conf = SparkConf(loadDefaults=False).set("spark.task.cpus", "2").setAppName("a")
+        assert context._requested({"spark.task.cpus": 2}, "a", None) == settings
+        assert context._requested(spark_conf, None, None) == settings
+        assert context._requested("a", None, "local[2]") == {
+            "spark.app.name": "a",
+            "spark.master": "local[2]",
+        }
+        assert context._requested(None, None, None) == {}
+        assert context._requested({"spark.ui.enabled": False}, None, None) == {
+            "spark.ui.enabled": "false"
+        }
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((["spark.task.cpus"], None, None), "Received: list"),
+            (({"spark.master": "local"}, None, "yarn"), "master is given once"),
+            (("name", "other", None), "app_name is given once"),
+            ((None, None, 4), "master is a string. Received: 4, a int"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments, message):
+        with pytest.raises(InvalidInputError, match=message):
+            context._requested(*arguments)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("version", ["3.4.4", "5.0.0", "2.4"])
+    def test_a_pyspark_of_another_age(self, version):
+        with pytest.raises(ClusterError, match=rf"PySpark {version}\. .*pip install"):
+            context._check_pyspark(version)
+
+    @pytest.mark.parametrize("version", ["3.5.0", "3.5.7", "4.0.0.dev2", "4.3.0"])
+    def test_a_supported_pyspark(self, version):
+        context._check_pyspark(version)
+
+    @pytest.mark.parametrize(
+        "requested", [{"spark.remote": "sc://host"}, {"spark.api.mode": "connect"}]
+    )
+    def test_spark_connect_by_setting(self, requested):
+        with pytest.raises(ClusterError, match="Spark Connect"):
+            context.init_nncontext(requested)
+
+    def test_spark_connect_by_environment(self, monkeypatch):
+        monkeypatch.setenv("SPARK_REMOTE", "sc://host:15002")
+        with pytest.raises(ClusterError, match="Received: sc://host:15002"):
+            context.init_nncontext()
+
+
+class TestExecutors:
+    driver = context._Versions("driver", "3.11", "2.21.0", "0.1.0")
+
+    def test_patch_releases_agree(self):
+        other = self.driver._replace(host="a", tensorflow="2.21.3")
+        assert context._difference(self.driver, other) is None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"python": "3.10"}, "Python 3.11 on the driver, 3.10 on a"),
+            ({"tensorflow": "2.18.1"}, "TensorFlow 2.21.0 on the driver, 2.18.1 on a"),
+            ({"tensorflow": ""}, "TensorFlow 2.21.0 on the driver, none on a"),
+            ({"tfspark": ""}, "tfspark 0.1.0 on the driver, none on a"),
+        ],
+    )
+    def test_a_difference_names_both(self, change, message):
+        executor = self.driver._replace(host="a", **change)
+        assert message in context._difference(self.driver, executor)
+
+    def test_the_probe_reports_this_interpreter(self):
+        ((_, python, tensorflow, tfspark),) = context._probe()([1, 2])
+        assert python == "{}.{}".format(*sys.version_info)
+        assert tensorflow.startswith("2.")
+        assert tfspark == sys.modules["tfspark"].__version__
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Python in worker has different version (3, 9) than that in driver 3.11",
+            "Python in worker has different version: 3.9 than that in driver: 3.11",
+        ],
+    )
+    def test_spark_refuses_the_workers_python(self, text):
+        assert "3.9 on an executor" in context._worker_failure(text)
+
+    def test_no_python_on_an_executor(self):
+        text = 'java.io.IOException: Cannot run program "/opt/py/bin/python": error=2'
+        assert "no program '/opt/py/bin/python'" in context._worker_failure(text)
+
+
+class TestSlots:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"spark.master": "local[4]"}, None),
+            ({"spark.master": "local-cluster[3,2,1024]"}, 6),
+            ({"spark.master": "local-cluster[3, 3, 1024]", "spark.task.cpus": "2"}, 3),
+            ({"spark.master": "spark://h:7077"}, None),
+            ({"spark.master": "spark://h:7077", "spark.cores.max": "9"}, 9),
+            (
+                {
+                    "spark.master": "spark://h:7077",
+                    "spark.cores.max": "9",
+                    "spark.executor.cores": "4",
+                },
+                8,
+            ),
+            ({"spark.master": "yarn", "spark.executor.instances": "5"}, 5),
+            (
+                {
+                    "spark.master": "k8s://h",
+                    "spark.executor.instances": "5",
+                    "spark.executor.cores": "4",
+                    "spark.task.cpus": "2",
+                },
+                10,
+            ),
+            (
+                {
+                    "spark.master": "yarn",
+                    "spark.executor.cores": "4",
+                    "spark.dynamicAllocation.enabled": "true",
+                    "spark.dynamicAllocation.maxExecutors": "10",
+                },
+                40,
+            ),
+            (
+                {
+                    "spark.master": "yarn",
+                    "spark.executor.cores": "4",
+                    "spark.dynamicAllocation.enabled": "true",
+                    "spark.dynamicAllocation.minExecutors": "2",
+                },
+                8,
+            ),
+        ],
+    )
+    def test_expected(self, settings, expected):
+        assert context._expected_slots(settings) == expected
+
+    def wait(self, counts: list[int], expected: int | None) -> tuple[int, float]:
+        """Plays the counts at one a 0.1 s, the last one for ever; the answer and its time."""
+        now = 0.0
+
+        def sleep(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
+        def count() -> int:
+            return counts[min(round(now / 0.1), len(counts) - 1)]
+
+        return context._await_slots(count, expected, lambda: now, sleep), now
+
+    def test_returns_as_soon_as_all_are_there(self):
+        number, seconds = self.wait([0, 1, 1, 4], expected=4)
+        assert number == 4
+        assert seconds == pytest.approx(0.3)
+
+    def test_settles_for_what_came(self):
+        number, seconds = self.wait([0] * 100 + [3], expected=4)
+        assert number == 3
+        assert seconds == pytest.approx(10 + context._SETTLED_S, abs=0.3)
+
+    def test_gives_up_after_a_minute(self):
+        number, seconds = self.wait([0], expected=None)
+        assert number == 0
+        assert seconds == pytest.approx(context._REGISTRATION_S, abs=0.3)
+
+
+class TestDefaults:
+    def test_memory_is_a_quarter_and_at_least_one_gibibyte(self):
+        assert context._driver_memory_mib(16 * 2**30) == 4096
+        assert context._driver_memory_mib(2 * 2**30) == 1024
+
+    def test_only_a_local_master_is_bound_to_the_loopback_address(self):
+        assert context._defaults("local[*]")["spark.driver.host"] == "127.0.0.1"
+        assert "spark.driver.host" not in context._defaults("yarn")
+        assert "spark.executorEnv.PYTHONPATH" not in context._defaults("spark://h:7077")
+
+    def test_the_users_log_configuration_stays(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+        assert context._defaults("local")["spark.log.level"] == "ERROR"
+        (tmp_path / "log4j2.properties").touch()
+        assert "spark.log.level" not in context._defaults("local")
+
+    def test_the_environment_is_restored_and_never_overridden(self, monkeypatch):
+        monkeypatch.setenv("A_SET", "user")
+        with context._environment({"A_SET": "ours", "B_UNSET": "ours"}):
+            assert (os.environ["A_SET"], os.environ["B_UNSET"]) == ("user", "ours")
+        assert os.environ["A_SET"] == "user"
+        assert "B_UNSET" not in os.environ
+
+    def test_settings_named_before_the_launch(self, tmp_path, monkeypatch):
+        (tmp_path / "spark-defaults.conf").write_text(
+            "# spark.not.this 1\nspark.one  1\n  spark.two=2\n"
+        )
+        monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path))
+        monkeypatch.setenv("PYSPARK_SUBMIT_ARGS", "--conf spark.three=3 pyspark-shell")
+        assert context._named_before_launch() == {"spark.one", "spark.two", "spark.three"}

@@ -1,0 +1,545 @@
+"""Spark, configured for training and checked before it is needed.
+
+`init_nncontext` starts Spark inside this process, or joins the Spark that `spark-submit` or a
+notebook server has started. It sets what the user left open and changes nothing that is set: not
+in the code, nor on the command line, in `spark-defaults.conf` or in the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyspark
+from py4j.protocol import Py4JError
+from pyspark import SparkConf, SparkContext
+
+from tfspark.errors import ClusterError, InvalidInputError
+
+logger = logging.getLogger("tfspark")
+
+MIN_JAVA = 17
+MIN_PYSPARK, END_PYSPARK = (3, 5), (5, 0)
+
+# The folder that holds the package; on the workers' path, a checkout works without installation.
+_PACKAGE_HOME = Path(__file__).resolve().parent.parent
+
+# A Unix socket's path has 108 bytes on Linux and 104 on macOS, with the closing zero. PySpark
+# appends "/." + a UUID of 36 characters + ".sock" to the folder.
+_MAX_SOCKET_FOLDER = 104 - 1 - 2 - 36 - 5
+
+# How long executors may take to register, and how long their number must stay the same for the
+# cluster to count as complete.
+_REGISTRATION_S = 60.0
+_SETTLED_S = 5.0
+
+_checked: weakref.WeakSet[SparkContext] = weakref.WeakSet()
+
+
+def init_nncontext(
+    conf: Mapping[str, Any] | SparkConf | str | None = None,
+    *,
+    app_name: str | None = None,
+    master: str | None = None,
+    check_executors: bool = True,
+) -> SparkContext:
+    """The SparkContext of this application, started where there is none yet.
+
+    In a plain script or a notebook this starts Spark inside the process on all cores
+    (`local[*]`), unless a master is set somewhere. Under `spark-submit` it takes the master given
+    there. Where a SparkContext is active already, that one is returned.
+
+    What it sets where the user did not:
+
+    * on a local master: `PYSPARK_PYTHON` to this interpreter, so that virtual environments work;
+      tfspark's folder on the workers' `PYTHONPATH`; the driver on the loopback address; driver
+      memory of a quarter of the machine's (at least 1 GiB), because the driver is the executor
+      there too; log level `ERROR`;
+    * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
+      Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
+      nearly halve the time of a small task; and a longer `spark.locality.wait.node`, because a
+      task away from its store costs a rebuild of the store.
+
+    Args:
+        conf: Spark settings, as a dict or a `SparkConf`; a string is the application's name.
+        app_name: the application's name.
+        master: a Spark master, such as `"local[4]"` or `"spark://host:7077"`.
+        check_executors: run one tiny job that compares Python, TensorFlow and tfspark on the
+            executors with the driver's. It runs once per SparkContext, and only where executors
+            are processes of their own.
+
+    Returns:
+        The active SparkContext.
+
+    Raises:
+        ClusterError: Java is missing or older than 17, PySpark is not of a supported version, the
+            session is a Spark Connect one, or executors differ from the driver.
+        InvalidInputError: an argument has the wrong type, or a name or master is given twice.
+
+    Example:
+        >>> sc = init_nncontext({"spark.task.cpus": 2}, app_name="digits", master="local[4]")
+        >>> slots(sc)
+        2
+    """
+    requested = _requested(conf, app_name, master)
+    _check_pyspark(pyspark.__version__)
+    _refuse_connect(requested)
+    active = SparkContext._active_spark_context
+    if active is not None:
+        _warn_of_ignored(requested, active)
+    context = active or _start(requested)
+    if check_executors and not _in_process(context) and context not in _checked:
+        try:
+            _check_executors(context)
+        except ClusterError:
+            if active is None:
+                context.stop()  # so that the next try can start with other settings
+            raise
+        _checked.add(context)
+    return context
+
+
+def slots(context: SparkContext) -> int:
+    """How many tasks the application can run at once; the default of `num_ranks`.
+
+    Waits until the executors that were asked for have registered: on some clusters a new
+    SparkContext has none for the first seconds. With dynamic allocation it is the number that
+    Spark may grow to, or starts with where no limit is set.
+
+    Raises:
+        ClusterError: no executor registered within a minute, or `spark.task.cpus` is more than an
+            executor has.
+
+    Example:
+        >>> slots(init_nncontext(master="local[4]"))
+        4
+    """
+    settings = dict(context.getConf().getAll())
+    expected = _expected_slots(settings)
+    registered = _registered_slots(context)
+    if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
+        return max(registered, expected)
+    if not _in_process(context):
+        registered = _await_slots(lambda: _registered_slots(context), expected)
+    if registered < 1:
+        raise ClusterError(
+            "Training needs at least one task slot: executors times their cores, divided by "
+            f"spark.task.cpus. Received: none on {settings.get('spark.master')} with "
+            f"spark.task.cpus={task_threads(context)}. Give the application more cores, or lower "
+            "spark.task.cpus."
+        )
+    if expected and registered < expected:
+        logger.warning("%d of %d task slots have registered.", registered, expected)
+    return registered
+
+
+def task_threads(context: SparkContext) -> int:
+    """TensorFlow threads of one task: the cores that Spark gives it, `spark.task.cpus`."""
+    return int(context.getConf().get("spark.task.cpus", "1"))
+
+
+# Starting Spark
+
+
+def _requested(
+    conf: Mapping[str, Any] | SparkConf | str | None, app_name: str | None, master: str | None
+) -> dict[str, str]:
+    """Every setting that the caller named, as Spark's strings."""
+    if isinstance(conf, str):
+        conf = {"spark.app.name": conf}
+    elif isinstance(conf, SparkConf):
+        conf = dict(conf.getAll())
+    elif conf is None:
+        conf = {}
+    elif not isinstance(conf, Mapping):
+        raise InvalidInputError(
+            "conf is a dict of Spark settings, a SparkConf, an application's name or None. "
+            f"Received: {type(conf).__name__}."
+        )
+    settings = {str(key): _as_setting(value) for key, value in conf.items()}
+    for key, argument, value in (
+        ("spark.app.name", "app_name", app_name),
+        ("spark.master", "master", master),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise InvalidInputError(
+                f"{argument} is a string. Received: {value!r}, a {type(value).__name__}."
+            )
+        if settings.setdefault(key, value) != value:
+            raise InvalidInputError(
+                f"{argument} is given once. Received: {argument}={value!r}, and "
+                f"{settings[key]!r} as {key} in conf."
+            )
+    return settings
+
+
+def _as_setting(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _start(requested: dict[str, str]) -> SparkContext:
+    """A new SparkContext; the JVM is started unless spark-submit has done so."""
+    launch = SparkConf(loadDefaults=False)
+    for key, value in requested.items():
+        launch.set(key, value)
+    launches = SparkContext._gateway is None and "PYSPARK_GATEWAY_PORT" not in os.environ
+    if launches:
+        check_java()
+        # To Spark, a Python script is a shell, and a shell turns this on; so later we could not
+        # tell whether the user did.
+        if "spark.ui.showConsoleProgress" not in requested.keys() | _named_before_launch():
+            launch.set("spark.ui.showConsoleProgress", "false")
+    local = requested.get("spark.master", "local").startswith("local")
+    with _environment(_launch_environment(requested) if launches and local else {}):
+        # Only the JVM knows all that the user set: it has read spark-defaults.conf and the
+        # arguments of spark-submit.
+        SparkContext._ensure_initialized(conf=launch)
+    conf = SparkConf()
+    for key, value in requested.items():
+        conf.set(key, value)
+    if conf.get("spark.app.name") in (None, "pyspark-shell"):
+        conf.set("spark.app.name", Path(sys.argv[0]).stem or "tfspark")
+    conf.setIfMissing("spark.master", "local[*]")
+    master = str(conf.get("spark.master"))
+    for key, value in _defaults(master).items():
+        conf.setIfMissing(key, value)
+    if _sockets_work(master, conf):
+        conf.setIfMissing("spark.python.unix.domain.socket.enabled", "true")
+    if master.startswith("local"):
+        os.environ.setdefault(
+            "PYSPARK_PYTHON", conf.get("spark.pyspark.python", sys.executable) or sys.executable
+        )
+    return SparkContext(conf=conf)
+
+
+def _defaults(master: str) -> dict[str, str]:
+    """What tfspark prefers on this master; used where the user set nothing."""
+    defaults = {
+        "spark.ui.showConsoleProgress": "false",
+        # Tasks want the host of their store. With the usual 3 s a busy slot would send one away,
+        # and reading and writing the partition again takes longer than that.
+        "spark.locality.wait.node": "10s",
+    }
+    if master.startswith("local"):
+        defaults |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
+        # The JVM's own log configuration is the user's, where there is one.
+        if not (_conf_folder() / "log4j2.properties").exists():
+            defaults["spark.log.level"] = "ERROR"
+        if _PACKAGE_HOME.name not in ("site-packages", "dist-packages"):
+            path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+            entries = dict.fromkeys([*filter(None, path), str(_PACKAGE_HOME)])
+            defaults["spark.executorEnv.PYTHONPATH"] = os.pathsep.join(entries)
+    return defaults
+
+
+def _launch_environment(requested: Mapping[str, str]) -> dict[str, str]:
+    """Variables for an embedded JVM; Spark ranks them below every setting of the user."""
+    environment = {"SPARK_DRIVER_MEMORY": f"{_driver_memory_mib(_machine_memory())}m"}
+    if not requested.keys() & {"spark.driver.host", "spark.driver.bindAddress"}:
+        try:
+            address = socket.gethostbyname(socket.gethostname())
+        except OSError:
+            address = "127.0.0.1"
+        # A name that is unknown stops Spark, and one of the loopback address makes it pick some
+        # network interface and warn; SPARK_LOCAL_HOSTNAME is the other way to settle this.
+        if address.startswith("127.") and "SPARK_LOCAL_HOSTNAME" not in os.environ:
+            environment["SPARK_LOCAL_IP"] = "127.0.0.1"
+    return environment
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets the variables that are unset, for the duration of the block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _machine_memory() -> int:
+    """Bytes that this process may use: the machine's, or its container's where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(path):
+            text = Path(path).read_text(encoding="ascii").strip()
+            if text.isdigit():  # "max" means no limit
+                limits.append(int(text))
+    return min(limits)
+
+
+def _driver_memory_mib(machine_bytes: int) -> int:
+    """A quarter of the machine: the JVM holds commits, Python and TensorFlow need the rest."""
+    return max(1024, machine_bytes // 4 // 2**20)
+
+
+def _conf_folder() -> Path:
+    if folder := os.environ.get("SPARK_CONF_DIR"):
+        return Path(folder)
+    home = os.environ.get("SPARK_HOME") or os.path.dirname(pyspark.__file__)
+    return Path(home) / "conf"
+
+
+def _named_before_launch() -> set[str]:
+    """The settings named in spark-defaults.conf and in PYSPARK_SUBMIT_ARGS."""
+    named = re.findall(r"(spark\.[\w.]+)=", os.environ.get("PYSPARK_SUBMIT_ARGS", ""))
+    defaults = _conf_folder() / "spark-defaults.conf"
+    if defaults.exists():
+        named += re.findall(r"(?m)^\s*(spark\.[\w.]+)", defaults.read_text(encoding="utf-8"))
+    return set(named)
+
+
+def _sockets_work(master: str, conf: SparkConf) -> bool:
+    """Whether JVM and Python workers can meet at Unix domain sockets, and the user left it open."""
+    if _version(pyspark.__version__) < (4, 1) or not hasattr(socket, "AF_UNIX"):
+        return False
+    # YARN gives each container a folder of its own, with a path too long for a socket.
+    if master.startswith("yarn") or "PYSPARK_UDS_MODE" in os.environ:
+        return False
+    jvm: Any = SparkContext._jvm
+    folder = conf.get("spark.python.unix.domain.socket.dir")
+    folder = folder or str(jvm.java.lang.System.getProperty("java.io.tmpdir"))
+    return len(os.fsencode(folder)) <= _MAX_SOCKET_FOLDER
+
+
+def _warn_of_ignored(requested: Mapping[str, str], context: SparkContext) -> None:
+    """A running SparkContext cannot be changed: says which settings come too late."""
+    conf = context.getConf()
+    late = sorted(
+        f"{key}={value} (is {conf.get(key)})"
+        for key, value in requested.items()
+        if conf.get(key) != value
+    )
+    if late:
+        logger.warning(
+            "Spark runs already, and these settings come too late: %s. Stop the active "
+            "SparkContext first, or set them where it is started.",
+            ", ".join(late),
+        )
+
+
+# Checks before Spark starts
+
+
+def check_java() -> None:
+    """Checks that the Java that Spark would start is 17 or later.
+
+    Raises:
+        ClusterError: it is missing or too old; one line that says what to install.
+    """
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which(os.path.join(home, "bin", "java") if home else "java")
+    where = f"in JAVA_HOME ({home})" if home else "on the PATH"
+    remedy = f"Install a JDK or JRE {MIN_JAVA} or later, or set JAVA_HOME to one."
+    if java is None:
+        raise ClusterError(
+            f"Spark needs Java {MIN_JAVA} or later. Received: none {where}. {remedy}"
+        )
+    result = subprocess.run([java, "-version"], capture_output=True, text=True, check=False)
+    version = _java_version(result.stdout + result.stderr)
+    if version is None:
+        raise ClusterError(
+            f"Spark needs Java {MIN_JAVA} or later. Received: no version from {java!r}. {remedy}"
+        )
+    if version < MIN_JAVA:
+        raise ClusterError(
+            f"Spark needs Java {MIN_JAVA} or later. Received: Java {version} {where}. {remedy}"
+        )
+
+
+def _java_version(text: str) -> int | None:
+    """The major version in what `java -version` printed; `"1.8.0_412"` is 8."""
+    match = re.search(r'version "(?:1\.)?(\d+)', text)
+    return int(match[1]) if match else None
+
+
+def _version(text: str) -> tuple[int, int]:
+    """Major and minor version: `"4.1.0.dev1"` is `(4, 1)`."""
+    major, minor = re.findall(r"\d+", text)[:2]
+    return int(major), int(minor)
+
+
+def _check_pyspark(version: str) -> None:
+    if not MIN_PYSPARK <= _version(version) < END_PYSPARK:
+        raise ClusterError(
+            f"tfspark works with PySpark 3.5 up to 4.x. Received: PySpark {version}. "
+            "Install another one: pip install 'pyspark>=3.5,<5'"
+        )
+
+
+def _refuse_connect(requested: Mapping[str, str]) -> None:
+    """Spark Connect has no RDDs, which training data and shards are."""
+    is_remote = "SPARK_CONNECT_MODE_ENABLED" in os.environ
+    remote = os.environ.get("SPARK_REMOTE") or requested.get("spark.remote")
+    if requested.get("spark.api.mode") == "connect" or is_remote or remote:
+        raise ClusterError(
+            "tfspark trains on RDDs, and a Spark Connect session has none. Received: "
+            f"{remote or 'a Spark Connect session'}. Run the script with spark-submit, or start "
+            "Spark in this process: unset SPARK_REMOTE, spark.remote and spark.api.mode."
+        )
+
+
+# Checks of a running application
+
+
+class _Versions(NamedTuple):
+    """What must agree between the driver and the executors; an empty string: not installed."""
+
+    host: str
+    python: str
+    tensorflow: str
+    tfspark: str
+
+
+def _probe() -> Callable[[Iterable[int]], list[tuple[str, ...]]]:
+    """A task that reports versions; nested, so that it travels by value, without tfspark."""
+
+    def versions(ranks: Iterable[int]) -> list[tuple[str, ...]]:
+        import importlib.metadata
+        import importlib.util
+        import platform
+        import sys
+
+        list(ranks)  # a task reads its input to the end
+        tensorflow = tfspark = ""
+        if importlib.util.find_spec("tensorflow") is not None:
+            # The distribution has many names: tensorflow, tensorflow-cpu, tf-nightly …
+            owners = importlib.metadata.packages_distributions().get("tensorflow", [])
+            found = [importlib.metadata.version(owner) for owner in owners]
+            tensorflow = found[0] if found else "of unknown version"
+        if importlib.util.find_spec("tfspark") is not None:
+            tfspark = importlib.import_module("tfspark").__version__
+        python = "{}.{}".format(*sys.version_info)
+        return [(platform.node(), python, tensorflow, tfspark)]
+
+    return versions
+
+
+def _check_executors(context: SparkContext) -> None:
+    """Compares the executors' Python and packages with the driver's, in one tiny job."""
+    probe = _probe()
+    (driver,) = probe([])
+    number = slots(context)
+    try:
+        found = context.parallelize(range(number), number).mapPartitions(probe).collect()
+    except Py4JError as error:
+        raise ClusterError(_worker_failure(str(error))) from error
+    for executor in sorted(set(found)):
+        if difference := _difference(_Versions(*driver), _Versions(*executor)):
+            raise ClusterError(difference)
+
+
+def _difference(driver: _Versions, executor: _Versions) -> str | None:
+    """A message about the first thing in which an executor differs; None where none does."""
+    remedy = (
+        "Ship the driver's environment to the executors (spark.archives, or the same packages on "
+        "every host) and point PYSPARK_PYTHON at its interpreter."
+    )
+    names = {"python": "Python", "tensorflow": "TensorFlow", "tfspark": "tfspark"}
+    for field, name in names.items():
+        here, there = getattr(driver, field), getattr(executor, field)
+        if here and not there:
+            return (
+                f"Executors need {name}. Received: {name} {here} on the driver, none on "
+                f"{executor.host}. {remedy}"
+            )
+        # Patch releases run each other's graphs.
+        if here.split(".")[:2] != there.split(".")[:2]:
+            return (
+                f"Executors need the driver's {name}. Received: {name} {here} on the driver, "
+                f"{there} on {executor.host}. {remedy}"
+            )
+    return None
+
+
+def _worker_failure(text: str) -> str:
+    """What to tell when Python does not even start on an executor."""
+    remedy = "Point PYSPARK_PYTHON at an interpreter that is on every host."
+    here = "{}.{}".format(*sys.version_info)
+    mismatch = re.search(r"different version:? \(?(\d+)(?:\.|, )(\d+)", text)
+    if mismatch:
+        return (
+            f"Executors need the driver's Python. Received: Python {here} on the driver, "
+            f"{mismatch[1]}.{mismatch[2]} on an executor. {remedy}"
+        )
+    missing = re.search(r'Cannot run program "([^"]*)"', text)
+    if missing:
+        return (
+            f"Executors need the driver's Python {here}. Received: no program {missing[1]!r} on an "
+            f"executor. {remedy}"
+        )
+    return f"The executors cannot run Python tasks. Received: {text.strip()} {remedy}"
+
+
+# Slots
+
+
+def _in_process(context: SparkContext) -> bool:
+    """Whether the driver is the only executor: `local`, `local[n]`, not `local-cluster`."""
+    return re.match(r"local(\[|$)", str(context.master)) is not None
+
+
+def _registered_slots(context: SparkContext) -> int:
+    """Tasks that the executors registered by now can run at once, as barrier stages count them."""
+    spark: Any = context._jsc.sc()
+    profile = spark.resourceProfileManager().defaultResourceProfile()
+    return int(spark.maxNumConcurrentTasks(profile))
+
+
+def _expected_slots(settings: Mapping[str, str]) -> int | None:
+    """Slots of the executors that were asked for; None where the settings do not tell."""
+    master = settings.get("spark.master", "")
+    cpus = int(settings.get("spark.task.cpus", 1))
+    if match := re.match(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)", master):
+        return int(match[1]) * (int(match[2]) // cpus)
+    # On YARN and Kubernetes an executor has one core unless told; on a standalone cluster it
+    # takes all cores of its host, and how many these are is not known here.
+    cores = settings.get("spark.executor.cores", None if master.startswith("spark:") else "1")
+    if cores is None:
+        total = settings.get("spark.cores.max")
+        return int(total) // cpus if total else None
+    per_executor = int(cores) // cpus
+    executors = int(settings.get("spark.executor.instances", 0))
+    if settings.get("spark.dynamicAllocation.enabled") == "true":
+        limit = settings.get("spark.dynamicAllocation.maxExecutors", "infinity")
+        if limit.isdigit() and int(limit) < 2**31 - 1:
+            return int(limit) * per_executor
+        for key in ("minExecutors", "initialExecutors"):
+            executors = max(executors, int(settings.get(f"spark.dynamicAllocation.{key}", 0)))
+    elif not executors and "spark.cores.max" in settings:
+        executors = int(settings["spark.cores.max"]) // int(cores)
+    return executors * per_executor or None
+
+
+def _await_slots(
+    count: Callable[[], int],
+    expected: int | None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """The number of slots once all that are expected are there, or no more come."""
+    start = settled_since = clock()
+    number = count()
+    while expected is None or number < expected:
+        if clock() - start > _REGISTRATION_S or (number and clock() - settled_since > _SETTLED_S):
+            break
+        sleep(0.1)
+        before, number = number, count()
+        if number != before:
+            settled_since = clock()
+    return number
