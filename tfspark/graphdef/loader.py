@@ -1,0 +1,99 @@
+"""Loads pure graphs as functions that can be called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.framework import graph_pb2
+from tensorflow.python.eager import context
+
+from tfspark.graphdef.pure import PureGraph
+from tfspark.graphdef.variables import call
+
+Loaded = Callable[..., list[tf.Tensor]]
+
+
+def configure_threads(cores: int) -> None:
+    """Gives TensorFlow in this process as many threads as its task has cores.
+
+    Without it each task of an executor would start a pool over all cores of the machine. It does
+    nothing once TensorFlow has run an operation in this process, and what the user set in
+    `TF_NUM_INTRAOP_THREADS` or `TF_NUM_INTEROP_THREADS` stays.
+
+    Args:
+        cores: of one task.
+    """
+    # TensorFlow reads these when it creates its devices, not when it is imported.
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(cores))
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", str(cores))
+
+
+def load(pure: PureGraph, jit_compile: bool = False) -> Loaded:
+    """A pure graph as a function; the same one for equal graphs.
+
+    Args:
+        pure: the graph.
+        jit_compile: compile it with XLA at its first call, and anew for every new shape.
+
+    Returns:
+        A function of one array or tensor per input, positional, which returns a list of eager
+        tensors. Arrays must have the dtypes of `pure.inputs`; where their memory is aligned
+        TensorFlow reads it in place, so an output may share memory with an input. It works in
+        every eager mode, and a process keeps the 32 graphs it used last.
+    """
+    return _load(_Key(pure, jit_compile))
+
+
+class _Key:
+    """Compares by fingerprint, so that the cache does not hash and compare whole graphs."""
+
+    def __init__(self, pure: PureGraph, jit_compile: bool):
+        self.pure = pure
+        self.jit_compile = jit_compile
+        self._key = (pure.fingerprint, jit_compile)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._key == other._key
+
+
+@lru_cache(maxsize=32)
+def _load(key: _Key) -> Loaded:
+    pure = key.pure
+    dtypes = [tf.as_dtype(info.dtype) for info in pure.inputs]
+    with context.eager_mode():
+        _register_functions(pure)
+        function = tf.function(
+            lambda *tensors: call(pure, tensors),
+            input_signature=[
+                tf.TensorSpec(info.shape, dtype)
+                for info, dtype in zip(pure.inputs, dtypes, strict=True)
+            ],
+            autograph=False,
+            jit_compile=key.jit_compile,
+        ).get_concrete_function()
+
+    def run(*inputs: Any) -> list[tf.Tensor]:
+        if context.executing_eagerly():
+            return call_flat(inputs)
+        with context.eager_mode():
+            return call_flat(inputs)
+
+    def call_flat(inputs: tuple[Any, ...]) -> list[tf.Tensor]:
+        return function(*map(tf.convert_to_tensor, inputs, dtypes))
+
+    return run
+
+
+def _register_functions(pure: PureGraph) -> None:
+    """Makes the bodies of control flow known: importing a graph does so for that graph only."""
+    runtime = context.context()
+    for function in graph_pb2.GraphDef.FromString(pure.graph_def).library.function:
+        if not runtime.has_function(function.signature.name):
+            runtime.add_function_def(function)
