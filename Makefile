@@ -33,8 +33,10 @@ $(READY): setup.py requirements.txt | machine
 	$(BIN)/python -m pip install --quiet --editable '.[test,examples]' --constraint requirements.txt
 	@touch $@
 
+# $(error) instead of a failing command, for one line instead of two.
+PROBLEM = $(shell PYTHON='$(PYTHON)' sh tools/check_machine.sh 2>&1)
 machine:
-	@PYTHON='$(PYTHON)' sh tools/check_machine.sh
+	@: $(if $(PROBLEM),$(error $(PROBLEM)))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

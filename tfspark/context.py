@@ -65,7 +65,7 @@ def init_nncontext(
     * on a local master: `PYSPARK_PYTHON` to this interpreter, so that virtual environments work;
       tfspark's folder on the workers' `PYTHONPATH`; the driver on the loopback address; driver
       memory of a quarter of the machine's (at least 1 GiB), because the driver is the executor
-      there too; log level `ERROR`;
+      there too; log level `ERROR`, and warnings and errors only from the workers' TensorFlow;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; and a longer `spark.locality.wait.node`, because a
@@ -122,7 +122,7 @@ def slots(context: SparkContext) -> int:
             executor has.
 
     Example:
-        >>> slots(init_nncontext(master="local[4]"))
+        >>> slots(init_nncontext(master="local[4]"))  # doctest: +SKIP
         4
     """
     settings = dict(context.getConf().getAll())
@@ -238,6 +238,9 @@ def _defaults(master: str) -> dict[str, str]:
         # The JVM's own log configuration is the user's, where there is one.
         if not (_conf_folder() / "log4j2.properties").exists():
             defaults["spark.log.level"] = "ERROR"
+        if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+            # Each worker would greet the terminal with TensorFlow's notes about the processor.
+            defaults["spark.executorEnv.TF_CPP_MIN_LOG_LEVEL"] = "1"
         if _PACKAGE_HOME.name not in ("site-packages", "dist-packages"):
             path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
             entries = dict.fromkeys([*filter(None, path), str(_PACKAGE_HOME)])

@@ -297,6 +297,13 @@ class TestDefaults:
         (tmp_path / "log4j2.properties").touch()
         assert "spark.log.level" not in context._defaults("local")
 
+    def test_the_users_log_level_of_tensorflow_stays(self, monkeypatch):
+        name = "spark.executorEnv.TF_CPP_MIN_LOG_LEVEL"
+        monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+        assert name not in context._defaults("local")
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+        assert context._defaults("local")[name] == "1"
+
     def test_the_environment_is_restored_and_never_overridden(self, monkeypatch):
         monkeypatch.setenv("A_SET", "user")
         with context._environment({"A_SET": "ours", "B_UNSET": "ours"}):

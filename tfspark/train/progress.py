@@ -36,7 +36,7 @@ def planned_steps(end: Trigger, progress: Progress) -> int | None:
         progress: at any step before the end.
 
     Example:
-        >>> planned_steps(MaxEpoch(5) | MaxScore(0.99), Progress(steps_per_epoch=100))
+        >>> planned_steps(MaxEpoch(5) | MaxIteration(2000), Progress(steps_per_epoch=100))
         500
     """
     if isinstance(end, (MaxEpoch, MaxIteration)):
@@ -56,7 +56,8 @@ def progress_line(
     """One line for the log.
 
     Example:
-        >>> progress_line(Progress(step=30, epoch=2, loss=0.25), 5120.4, 100, 14)
+        >>> progress = Progress(30, epoch=2, step_in_epoch=5, steps_per_epoch=10, loss=0.25)
+        >>> progress_line(progress, 5120.4, 100, 14)
         'step 30/100, epoch 3, loss 0.25, 5,120 rows/s, 00:14 left'
     """
     step = f"step {progress.step}" + (f"/{total_steps}" if total_steps else "")

@@ -77,7 +77,8 @@ class _Summary:
             unknown tag; `tags()` lists the known ones.
 
         Example:
-            >>> summary = TrainSummary("/tmp/logs", "lenet")
+            >>> import tempfile
+            >>> summary = TrainSummary(tempfile.mkdtemp(), "lenet")
             >>> summary.add_scalar("Loss", 0.5, step=1, wall_time=1.7e9)
             >>> summary.read_scalar("Loss")
             array([[1.0e+00, 5.0e-01, 1.7e+09]])
@@ -143,9 +144,10 @@ class TrainSummary(_Summary):
         InvalidInputError: a name is empty, or the folder cannot be made.
 
     Example:
-        >>> summary = TrainSummary("/tmp/logs", "lenet").set_summary_trigger(
-        ...     "Phase", SeveralIteration(10)
-        ... )
+        >>> from tfspark import SeveralIteration
+        >>> summary = TrainSummary("/tmp/logs", "lenet")
+        >>> summary.set_summary_trigger("Phase", SeveralIteration(10))
+        TrainSummary('/tmp/logs/lenet/train')
     """
 
     _folder = "train"
