@@ -48,7 +48,8 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         source: str, *, timeout_s: float = 300, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        merged = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        merged = {**os.environ, "PYTHONPATH": path, **environment}
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(source)],
             capture_output=True,

@@ -96,7 +96,9 @@ def test_spark_submit_names_the_master(tmp_path):
         text=True,
         env={
             **os.environ,
-            "PYTHONPATH": str(Path(context.__file__).parent.parent),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(context.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+            ),
             "PYSPARK_DRIVER_PYTHON": sys.executable,
         },
     )
