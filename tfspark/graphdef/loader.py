@@ -79,6 +79,9 @@ def _load(key: _Key) -> Loaded:
             jit_compile=key.jit_compile,
         ).get_concrete_function()
 
+    # Binding arguments by name costs a ConcreteFunction as much again as running a small graph.
+    atomic = function._inference_function
+
     def run(*inputs: Any) -> list[tf.Tensor]:
         if context.executing_eagerly():
             return call_flat(inputs)
@@ -86,7 +89,7 @@ def _load(key: _Key) -> Loaded:
             return call_flat(inputs)
 
     def call_flat(inputs: tuple[Any, ...]) -> list[tf.Tensor]:
-        return function(*map(tf.convert_to_tensor, inputs, dtypes))
+        return list(atomic.call_flat(*map(tf.convert_to_tensor, inputs, dtypes)))
 
     return run
 

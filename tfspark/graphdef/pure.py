@@ -1,4 +1,4 @@
-"""A pure TensorFlow function as bytes: what tfspark ships to executors instead of Python objects."""
+"""A pure TensorFlow function as bytes: what tfspark ships to executors instead of objects."""
 
 from __future__ import annotations
 

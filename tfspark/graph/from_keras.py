@@ -1,0 +1,288 @@
+"""Programs from Keras 3 models: Sequential, functional and subclassed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.trainers.compile_utils import CompileLoss
+
+from tfspark.data.spec import RowSpec
+from tfspark.errors import ProgramError
+from tfspark.graph.assembly import (
+    BoundProgram,
+    Step,
+    assemble,
+    batch_infos,
+    check_weight_dtypes,
+    join,
+    state_kind,
+    step_signature,
+    unique_names,
+)
+from tfspark.graph.program import StateSlot, Weight
+from tfspark.graphdef.variables import purify_function, trace_graph
+
+
+def program_from_keras(
+    model: keras.Model,
+    row_spec: RowSpec,
+    *,
+    loss: Any = None,
+    loss_weights: Any = None,
+    group_of: Callable[[str], int] | None = None,
+) -> BoundProgram:
+    """The gradient of a Keras model's loss as a program.
+
+    The model runs with `training=True` and its loss is computed as `fit` does: the compiled loss
+    or `loss`, loss weights, sample weights, `add_loss`, regularizers, an overridden
+    `compute_loss`. The loss of a global batch is exact on any number of ranks: a loss that is a
+    mean over rows (Keras' default) as such, one with `reduction="sum"` as a sum; weight
+    regularizers count once. A scalar that `add_loss` takes, or that a loss function or
+    `compute_loss` returns, is taken as a mean over rows.
+
+    Args:
+        model: it is built if it is not, and otherwise stays as it is.
+        row_spec: of a row `(x, y)` or `(x, y, sample_weight)`, or of `x` alone where the model
+            adds its own losses. `x` and `y` are what the model's `fit` takes.
+        loss: used instead of the compiled one, in any form that `compile` takes.
+        loss_weights: go with `loss`.
+        group_of: parameter group of a weight by its path; None: all in group 0.
+
+    Raises:
+        ProgramError: the model has its own `train_step`, no loss, a loss whose reduction cannot
+            be exact, no weight that the loss depends on, or weights of several precisions.
+
+    Example:
+        >>> model = keras.Sequential([keras.layers.Dense(1)])
+        >>> spec = RowSpec.of((Field("x", "float32", (3,)), Field("y", "float32", (1,))))
+        >>> program_from_keras(model, spec, loss="mse").program.size
+        4
+    """
+    check_model(model)
+    infos = batch_infos(row_spec)
+    build(model, row_spec)
+    compile_loss = _compile_loss(model, loss, loss_weights)
+    connected: list[Any] = []
+
+    def step(*inputs: Any) -> list[Any]:
+        *batch, rows, global_rows, _ = inputs
+        x, y, sample_weight = unpack(row_spec, batch)
+        share = tf.cast(global_rows, tf.float64) / tf.cast(rows, tf.float64)
+        with tf.GradientTape() as tape:
+            predictions = call_model(model, x, training=True)
+            total = _loss(model, compile_loss, share, x, y, predictions, sample_weight)
+            total = total * tf.cast(rows, total.dtype)
+        trainable = model.trainable_variables
+        gradients = tape.gradient(total, [variable.value for variable in trainable])
+        pairs = [(v, g) for v, g in zip(trainable, gradients, strict=True) if g is not None]
+        pairs.sort(key=lambda pair: group_of(pair[0].path) if group_of else 0)
+        if not pairs:
+            raise ProgramError(
+                "The loss must depend on a trainable weight. Received: "
+                f"model {model.name!r} with {len(trainable)} trainable weights, on none of which "
+                "its loss depends. Unfreeze a layer, or check the loss."
+            )
+        connected.extend(variable for variable, _ in pairs)
+        check_weight_dtypes({v.path: v.dtype for v in connected})
+        total = tf.cast(total, connected[0].dtype)
+        return [total, *(tf.convert_to_tensor(gradient) for _, gradient in pairs)]
+
+    graph = trace_graph(step, step_signature(infos))
+    model._clear_losses()  # they are tensors of the traced graph
+    states = _used_states(model, graph, connected, compile_loss)
+    purified = purify_function(graph, [*connected, *states], seeded=True)
+    first_rest = len(connected) + len(states)
+    paths = unique_names([path_of(v) for v in [*connected, *states]])
+    weights = tuple(
+        Weight(path, tuple(v.shape), group_of(path_of(v)) if group_of else 0)
+        for path, v in zip(paths, connected, strict=False)
+    )
+    slots = tuple(
+        StateSlot(
+            path, dtype_of(v), tuple(v.shape), state_kind(path, dtype_of(v), v.shape, written)
+        )
+        for path, v, written in zip(
+            paths[len(weights) :], states, purified.written[len(weights) : first_rest], strict=True
+        )
+    )
+    rest = tuple(variable.numpy() for variable in purified.variables[first_rest:])
+    program = assemble(Step(purified.graph, weights, slots, tuple(range(len(infos))), rest))
+    return BoundProgram(
+        program,
+        join([variable.numpy() for variable in connected], program.dtype),
+        tuple(variable.numpy() for variable in states),
+        tuple(connected),
+        tuple(states),
+        _write,
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is not a Keras 3 model, and a model that trains itself.
+
+    Raises:
+        ProgramError: names the class and the remedy.
+    """
+    if not isinstance(model, keras.Model):
+        raise ProgramError(
+            "A Keras 3 model is expected. "
+            f"Received: {type(model).__module__}.{type(model).__qualname__}."
+        )
+    if type(model).train_step is not keras.Model.train_step:
+        raise ProgramError(
+            "A model with its own train_step computes more than the gradient of a loss. "
+            f"Received: {type(model).__qualname__}. Override compute_loss instead, or write the "
+            "loss as a function and use from_function."
+        )
+
+
+def build(model: keras.Model, row_spec: RowSpec) -> None:
+    """Creates the weights of a model that is not built, from symbolic inputs."""
+    if model.built:
+        return
+    inputs = [
+        keras.KerasTensor((None, *field.shape), dtype=field.dtype) for field in row_spec.fields
+    ]
+    x, _, _ = unpack(row_spec, inputs)
+    call_model(model, x, training=False)
+
+
+def unpack(row_spec: RowSpec, batch: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """A flat batch as `x, y, sample_weight`, of which the last two may be None.
+
+    Raises:
+        ProgramError: the row is a tuple or list of more than three.
+    """
+    row = row_spec.unflatten(batch)
+    if not isinstance(row, (tuple, list)):
+        return row, None, None
+    if len(row) > 3:
+        raise ProgramError(
+            "A Keras model trains on rows (x, y) or (x, y, sample_weight). "
+            f"Received: a row of {len(row)} parts, {', '.join(row_spec.names)}. Group the inputs "
+            "of the model and its labels: features=[…], labels=[…]."
+        )
+    x, y, sample_weight = (*row, None, None)[:3]
+    return x, y, sample_weight
+
+
+def call_model(model: keras.Model, x: Any, training: bool) -> Any:
+    """The model's outputs, as its trainer calls it."""
+    if model._call_has_training_arg:
+        return model(x, training=training)
+    return model(x)
+
+
+def path_of(variable: Any) -> str:
+    """The path of a Keras variable, the name of a `tf.Variable`."""
+    return getattr(variable, "path", None) or variable.name.split(":")[0]
+
+
+def dtype_of(variable: Any) -> str:
+    """TensorFlow's name of a variable's dtype."""
+    return tf.as_dtype(variable.dtype).name
+
+
+def _compile_loss(model: keras.Model, loss: Any, loss_weights: Any) -> Any:
+    """The loss to use instead of the compiled one, or the compiled one, or None."""
+    if loss is None:
+        return model._compile_loss
+    return CompileLoss(loss, loss_weights, output_names=getattr(model, "output_names", None))
+
+
+def _loss(
+    model: keras.Model,
+    compile_loss: Any,
+    share: Any,
+    x: Any,
+    y: Any,
+    predictions: Any,
+    sample_weight: Any,
+) -> Any:
+    """The model's loss, with what is a sum over rows multiplied by `share`."""
+    _check_masks(model, predictions)
+    custom = type(model).compute_loss is not keras.Model.compute_loss
+    if compile_loss is None and not custom and not model.losses:
+        raise ProgramError(
+            "A model needs a loss to train. "
+            f"Received: model {model.name!r} without one. Compile it, or give loss=…."
+        )
+    with _replaced(model, "_compile_loss", compile_loss):
+        total = model._compute_loss(x, y, predictions, sample_weight, training=True)
+        flat = compile_loss._flat_losses if compile_loss is not None and compile_loss.built else []
+        _check_reductions(flat, sample_weight is not None)
+        if any(_is_sum(entry.loss) for entry in flat):
+            scaled = [_scaled(entry, share) if _is_sum(entry.loss) else entry for entry in flat]
+            with _replaced(compile_loss, "_flat_losses", scaled):
+                total = model._compute_loss(x, y, predictions, sample_weight, training=True)
+    if total.shape.rank != 0:
+        raise ProgramError(
+            f"The loss must be a scalar. Received: shape {total.shape} from {model.name!r}."
+        )
+    return total
+
+
+def _is_sum(loss: Any) -> bool:
+    return getattr(loss, "reduction", None) == "sum"
+
+
+def _scaled(entry: Any, share: Any) -> Any:
+    *path_and_loss, weight, name = entry
+    share = tf.cast(share, entry.loss.dtype)
+    return type(entry)(*path_and_loss, share if weight is None else share * weight, name)
+
+
+def _check_reductions(entries: Sequence[Any], weighted: bool) -> None:
+    for entry in entries:
+        reduction = getattr(entry.loss, "reduction", "mean")
+        exact = reduction in ("sum", "mean", "sum_over_batch_size")
+        if not exact and not (reduction == "mean_with_sample_weight" and not weighted):
+            raise ProgramError(
+                "A loss must be a sum or a mean over rows to be exact over several ranks. "
+                f"Received: loss {entry.loss.name!r} with reduction={reduction!r}. Use "
+                'reduction="sum_over_batch_size" or "sum".'
+            )
+
+
+def _check_masks(model: keras.Model, predictions: Any) -> None:
+    for tensor in tf.nest.flatten(predictions):
+        if getattr(tensor, "_keras_mask", None) is not None:
+            raise ProgramError(
+                "A loss over masked predictions is divided by the number of unmasked values, "
+                "which differs from rank to rank. "
+                f"Received: model {model.name!r}, whose output carries a mask. End the model with "
+                "a layer that drops the mask, and give sample weights."
+            )
+
+
+@contextmanager
+def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
+    previous = getattr(owner, attribute)
+    # Keras tracks what is assigned to a model; this is not to become part of it.
+    object.__setattr__(owner, attribute, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(owner, attribute, previous)
+
+
+def _used_states(
+    model: keras.Model, graph: Any, connected: Sequence[Any], compile_loss: Any
+) -> list[Any]:
+    """The variables that the traced step uses, besides its weights and metrics."""
+    captured = {id(external) for external, _ in graph.captures}
+    metrics = [*model.metrics_variables, *(compile_loss.variables if compile_loss else ())]
+    left_out = {id(v.value.handle) for v in [*connected, *metrics]}
+    keras_variables = {id(v.value.handle): v for v in model.variables}
+    every = {**keras_variables, **{id(v.handle): v for v in graph.variables}, **keras_variables}
+    return [v for key, v in every.items() if key in captured and key not in left_out]
+
+
+def _write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
