@@ -1,0 +1,168 @@
+"""Parameter groups: which weight is updated by which optimizer, and at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tfspark.errors import InvalidInputError
+from tfspark.graph.update import decay_mask, learning_rate_of, optimizer_from
+from tfspark.train import schedules
+from tfspark.train.schedules import PlateauState
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Weights with one optimizer.
+
+    Attributes:
+        optimizer: of Keras.
+        weight_decay: whether its weight decay applies to these weights.
+        learning_rate: a number, a schedule, or a function without arguments.
+    """
+
+    optimizer: keras.optimizers.Optimizer
+    weight_decay: bool
+    learning_rate: Any
+
+
+class ParameterGroups:
+    """The parameter groups of a training and what their schedules remember.
+
+    Attributes:
+        groups: by number.
+    """
+
+    def __init__(self, groups: Sequence[ParameterGroup], group_of: Mapping[str, int]):
+        self.groups = tuple(groups)
+        self._group_of = dict(group_of)
+        self._schedules = [group.learning_rate for group in groups]
+        self._states = [PlateauState() for _ in groups]
+
+    def group_of(self, name: str) -> int:
+        """The number of a weight's group."""
+        return self._group_of[name]
+
+    def bind(self, steps_per_epoch: int) -> None:
+        """Tells the schedules how long an epoch is; called when training starts."""
+        self._schedules = [
+            schedules.bind(group.learning_rate, steps_per_epoch) for group in self.groups
+        ]
+
+    def learning_rates(self, step: int) -> tuple[float, ...]:
+        """One rate per group, for the step after `step` finished ones."""
+        return tuple(
+            schedules.rate_at(schedule, step, state)
+            for schedule, state in zip(self._schedules, self._states, strict=True)
+        )
+
+    def observe(self, scores: Mapping[str, float], step: int) -> None:
+        """Tells the schedules that watch a score the result of a validation.
+
+        Args:
+            scores: by name.
+            step: finished steps.
+
+        Raises:
+            InvalidInputError: a `Plateau` monitors a score that is not among them.
+        """
+        self._states = [
+            schedules.observe(schedule, state, dict(scores), step)
+            for schedule, state in zip(self._schedules, self._states, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What the schedules remember, as JSON can hold it."""
+        return {"plateaus": [state.to_dict() for state in self._states]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state()`.
+
+        Raises:
+            InvalidInputError: it is of another number of groups.
+        """
+        plateaus = state["plateaus"]
+        if len(plateaus) != len(self.groups):
+            raise InvalidInputError(
+                f"Schedules go on with the parameter groups they had. Received: {len(plateaus)} "
+                f"states for {len(self.groups)} groups."
+            )
+        self._states = [PlateauState(**plateau) for plateau in plateaus]
+
+
+def parameter_groups(
+    optim_method: Any, weight_names: Sequence[str], variables: Sequence[Any] | None = None
+) -> ParameterGroups:
+    """Divides the weights of a model among optimizers.
+
+    Args:
+        optim_method: an optimizer (of Keras, or its name), or a dict of variable-name prefix to
+            optimizer, where the longest prefix wins and `""` is the prefix of every name.
+        weight_names: of the trainable weights, as in `Weight.name`.
+        variables: the variables of these names, in the same order; needed only where an optimizer
+            excludes variables, not names, from weight decay.
+
+    Returns:
+        The groups, numbered in the order of the dict; of one optimizer, the weights that its
+        `exclude_from_weight_decay` names are a group of their own.
+
+    Raises:
+        InvalidInputError: a prefix that no weight has, a weight without a prefix, or an
+            `optim_method` of the wrong type.
+
+    Example:
+        >>> groups = parameter_groups(
+        ...     {"dense/": Adam(1e-3), "dense_1/": SGD(0.0)}, ["dense/kernel", "dense_1/kernel"]
+        ... )
+        >>> groups.group_of("dense_1/kernel"), groups.learning_rates(step=0)
+        (1, (0.001, 0.0))
+    """
+    optimizers, owners = _owners(optim_method, weight_names)
+    groups: list[ParameterGroup] = []
+    group_of: dict[str, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        members = [i for i, owner in enumerate(owners) if owner == number]
+        decays = decay_mask(
+            optimizer,
+            [weight_names[i] for i in members],
+            None if variables is None else [variables[i] for i in members],
+        )
+        for decay in (True, False):
+            names = [weight_names[i] for i, d in zip(members, decays, strict=True) if d == decay]
+            if names:
+                group_of.update(dict.fromkeys(names, len(groups)))
+                groups.append(ParameterGroup(optimizer, decay, learning_rate_of(optimizer)))
+    return ParameterGroups(groups, group_of)
+
+
+def _owners(optim_method: Any, names: Sequence[str]) -> tuple[list[Any], list[int]]:
+    """The optimizers, and for each weight the number of its optimizer."""
+    if not isinstance(optim_method, Mapping):
+        return [optimizer_from(optim_method)], [0] * len(names)
+    prefixes = list(optim_method)
+    if not prefixes or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise InvalidInputError(
+            "A dict of optimizers has variable-name prefixes as keys, and at least one. "
+            f"Received: keys {prefixes}."
+        )
+    unused = [prefix for prefix in prefixes if not any(n.startswith(prefix) for n in names)]
+    if unused:
+        raise InvalidInputError(
+            "Every prefix of a dict of optimizers must be that of a trainable variable. "
+            f"Received: {unused}; the variables are {list(names)}."
+        )
+    orphans = [name for name in names if not any(name.startswith(p) for p in prefixes)]
+    if orphans:
+        raise InvalidInputError(
+            "A dict of optimizers must have a prefix of every trainable variable. "
+            f"Received: none for {orphans}; the prefixes are {prefixes}. "
+            'Add the prefix "" for all others.'
+        )
+    longest = [max((p for p in prefixes if n.startswith(p)), key=len) for n in names]
+    return (
+        [optimizer_from(optim_method[prefix]) for prefix in prefixes],
+        [prefixes.index(prefix) for prefix in longest],
+    )
