@@ -231,9 +231,24 @@ class Static(optimizers.Optimizer):
         self.assign_sub(variable, ops.ones(variable.shape) * learning_rate)
 
 
+class Forgetful(Signed):
+    """A rule whose config lacks an argument."""
+
+    def __init__(self, learning_rate, power=1.0, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.power = power
+
+
+class Demanding(Signed):
+    """A rule whose config lacks an argument that it needs."""
+
+    def __init__(self, learning_rate, power, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+
+
 def test_an_unknown_elementwise_rule_works():
     start, gradients = data()
-    got = run(update_program(Signed(RATE)), start, gradients)
+    got = run(update_program(Forgetful(RATE)), start, gradients)
     np.testing.assert_allclose(got, plain_keras(Signed(RATE), start, gradients), **CLOSE)
 
 
@@ -245,6 +260,8 @@ def test_an_unknown_elementwise_rule_works():
         (OddSlot(0.1), r"OddSlot with 'history' of shape \(3, 2\)"),
         (Copying(0.1), "Copying, whose 'copy' starts from the weights"),
         (Static(0.1), "Static, which does not"),
+        (Forgetful(0.1, 2.0), "Forgetful: from_config does not bring back power"),
+        (Demanding(0.1, 2.0), "Demanding: from_config failed.*'power'"),
         (optimizers.Adafactor(), "Adafactor: it keeps means over rows"),
         (optimizers.Muon(), "Muon: it orthogonalises"),
         (optimizers.Lamb(), "Lamb: it scales by the norms"),

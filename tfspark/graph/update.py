@@ -42,6 +42,17 @@ __all__ = [
 # The length of the vector that a rule is traced on; the graph then takes any length.
 _TRACED_SIZE = 5
 
+# Clipping by norm is the engines'; accumulation and overwriting are conditionals, which
+# _update_graph writes as selections. The loss is not scaled here, so neither are gradients.
+_TAKEN_OUT = (
+    "clipnorm",
+    "global_clipnorm",
+    "gradient_accumulation_steps",
+    "ema_overwrite_frequency",
+    "loss_scale_factor",
+)
+_OWN_STATE = frozenset({*_TAKEN_OUT, "name", "built"})
+
 _REFUSED = {
     "LossScaleOptimizer": "it decides by all gradients whether to step; use the optimizer in it",
     "MultiOptimizer": "give a dict of variable-name prefix to optimizer instead",
@@ -144,8 +155,9 @@ def update_program(
     """The optimizer's step on a shard of any length.
 
     Args:
-        optimizer: of Keras. It is not changed; its learning rate and clipping by norm are left to
-            the caller (`learning_rate_of`, `clipping_of`).
+        optimizer: of Keras. It is neither changed nor are its slots read: training starts with
+            fresh ones. Its learning rate and clipping by norm are left to the caller
+            (`learning_rate_of`, `clipping_of`).
         dtype: of the weights, "float32" or "float64".
         clip_value: bounds of every element of the gradient, beside the optimizer's own `clipvalue`.
         weight_decay: false for weights that are excluded from the optimizer's weight decay.
@@ -245,23 +257,36 @@ def _clone(optimizer: keras.optimizers.Optimizer, weight_decay: bool) -> Any:
     shadow.__dict__["_learning_rate"] = None
     config = shadow.get_config()
     config["learning_rate"] = 0.0
-    # Clipping by norm is the engines'; accumulation and overwriting are conditionals, which
-    # _update_graph writes as selections. The loss is not scaled here, so neither are gradients.
-    for key in (
-        "clipnorm",
-        "global_clipnorm",
-        "gradient_accumulation_steps",
-        "ema_overwrite_frequency",
-        "loss_scale_factor",
-    ):
+    for key in _TAKEN_OUT:
         if config.get(key) is not None:
             config[key] = None
     if "name" in config:
         config["name"] = "rule"  # Keras numbers names; equal rules should make equal graphs
-    rule = type(optimizer).from_config(config)
+    try:
+        rule = type(optimizer).from_config(config)
+    except TypeError as error:
+        raise _lost(optimizer, f"from_config failed: {error}") from error
+    changed = [
+        key
+        for key, value in vars(optimizer).items()
+        if isinstance(value, bool | int | float | str)
+        and not key.startswith("_")
+        and key not in _OWN_STATE
+        and getattr(rule, key, None) != value
+    ]
+    if changed:
+        raise _lost(optimizer, f"from_config does not bring back {', '.join(changed)}")
     if not weight_decay:
         rule.weight_decay = None  # some rules take no None in their config
     return rule
+
+
+def _lost(optimizer: Any, what: str) -> UnsupportedRuleError:
+    return UnsupportedRuleError(
+        "An optimizer must be described by its get_config(), so that tfspark can build it anew on "
+        f"a shard. Received: {type(optimizer).__name__}: {what}. Return every argument of "
+        "__init__ from get_config()."
+    )
 
 
 def _slot(rule: Any, variable: keras.Variable, dtype: str) -> UpdateSlot:

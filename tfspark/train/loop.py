@@ -16,6 +16,7 @@ from tfspark.errors import NonFiniteError, StoreLostError
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.pacing import Pacing
+from tfspark.train.progress import ProgressReporter
 from tfspark.train.saving import save
 from tfspark.train.summary import TrainSummary, ValidationSummary
 from tfspark.train.triggers import Progress, Trigger
@@ -32,18 +33,11 @@ class Rates(Protocol):
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """One rate per group for the step after `step` finished ones."""
 
-    def observe(self, score: float) -> None:
-        """Tells the schedules that watch a score of a validation."""
+    def observe(self, scores: Mapping[str, float], step: int) -> None:
+        """Tells the schedules that watch a score the results of a validation, by name."""
 
     def state(self) -> dict[str, Any]:
         """What the schedules remember, as JSON."""
-
-
-class Reporter(Protocol):
-    """Shows progress to the user."""
-
-    def update(self, progress: Progress, rows_per_second: float) -> None:
-        """Shows the progress after a round."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ class TrainingLoop:
     rates: Rates
     commit: Any
     progress: Progress
-    reporter: Reporter
+    reporter: ProgressReporter
     validate: Callable[[Any], dict[str, float]] | None = None
     store: CheckpointStore | None = None
     retention: Retention = field(default_factory=Retention)
@@ -118,10 +112,7 @@ class TrainingLoop:
         """
         seconds_per_step = None
         while not end(self.progress):
-            watched = [end, checkpoint] if self.store else [end]
-            watched += [validation] if self.validate else []
-            horizons = [trigger.horizon(self.progress) for trigger in watched]
-            result = self._round(self.pacing.steps(horizons, seconds_per_step), end)
+            result = self._round(self._next_steps(checkpoint, validation, seconds_per_step), end)
             self._record(result)
             self._advance(result)
             if result.halt and result.halt.kind == "non_finite":
@@ -148,6 +139,15 @@ class TrainingLoop:
         )
         self.store.retain(self.retention)
         self._saved_step = self.progress.step
+
+    def _next_steps(
+        self, checkpoint: Trigger, validation: Trigger, seconds_per_step: float | None
+    ) -> int:
+        # The end trigger need not bound a round: ranks ask it after each step (StopWhen).
+        watched = [checkpoint] if self.store else []
+        watched += [validation] if self.validate else []
+        horizons = [trigger.horizon(self.progress) for trigger in watched]
+        return self.pacing.steps(horizons, seconds_per_step)
 
     def _round(self, num_steps: int, end: Trigger) -> RoundResult:
         first = self.progress.step
@@ -186,8 +186,8 @@ class TrainingLoop:
                 "Throughput": record.rows / seconds_per_step,
                 **_phases(record, seconds_per_step),
             }
-            for tag, value in scalars.items():
-                self.train_summary.add_scalar(tag, value, record.step)
+            at = progress_at(self.run.order, record.step, record.loss, self.progress.score)
+            self.train_summary.add_step(at, scalars)
         self.train_summary.flush()
 
     def _validate(self) -> None:
@@ -195,7 +195,8 @@ class TrainingLoop:
         self.scores = self.validate(self.commit)
         score = next(iter(self.scores.values()))
         self.progress = replace(self.progress, score=score)
-        self.rates.observe(score)
+        watched = {"loss": self.progress.loss, "score": score, **self.scores}
+        self.rates.observe(watched, self.progress.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         logger.info("Validation after step %d: %s", self.progress.step, shown)
         if self.validation_summary is not None:
