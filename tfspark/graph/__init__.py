@@ -1,0 +1,1 @@
+"""Programs: a model's gradient, its metrics and its optimizer's step as pure graphs."""
