@@ -14,10 +14,9 @@ from tfspark.errors import DataError
 STRING = "string"
 """The dtype name of text and bytes; such values are bytes objects in NumPy object arrays."""
 
-NUMERIC_DTYPES = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 "
-    "complex64 complex128".split()
-)
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+NUMERIC_DTYPES = frozenset(("bool", *_INTEGERS, *_FLOATS, "complex64", "complex128"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Rows: where they come from, how they are stored, which of them make a batch."""
