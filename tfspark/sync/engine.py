@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from tfspark.data.order import BatchOrder
+from tfspark.graph.clipping import Clipping
 from tfspark.graph.program import Evaluation, Program, UpdateProgram
-from tfspark.graph.update import Clipping
 from tfspark.graphdef.pure import PureGraph
 from tfspark.sync.layout import Layout, StateLayout
 
@@ -34,7 +34,8 @@ class Run:
         run_id: unique; executors cache loaded programs under it.
         program: the gradient.
         updates: one optimizer step per parameter group.
-        clippings: one per parameter group.
+        clippings: one per parameter group, from its optimizer.
+        clip_norm: the most that the L2 norm of the whole gradient, over all groups, may be.
         order: which rows make which batch.
         mapping: the user's map over batches, or None.
         seed: of stateless random operations in the program.
@@ -54,6 +55,7 @@ class Run:
     seed: int
     state: tuple[np.ndarray, ...]
     num_ranks: int
+    clip_norm: float | None = None
     accumulation_steps: int = 1
     task_threads: int = 1
 
@@ -70,7 +72,7 @@ class Run:
     @property
     def clips_by_norm(self) -> bool:
         """Whether an update needs norms summed over ranks first."""
-        return any(clipping.needs_norms for clipping in self.clippings)
+        return self.clip_norm is not None or any(c.needs_norms for c in self.clippings)
 
 
 @dataclass(frozen=True)

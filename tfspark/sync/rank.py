@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from tfspark.data.batches import BatchReader
+from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
-from tfspark.graph.update import scales, tensor_squared_norms
 from tfspark.graphdef.loader import load
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
@@ -232,24 +232,13 @@ class RankProgram:
         run, layout = self.run, self.run.layout
         started = time.perf_counter()
         shard, slots = np.empty_like(state.shard), []
-        segments = layout.segments(state.rank)
-        for group, (update, clipping) in enumerate(zip(self._updates, run.clippings, strict=True)):
+        for group, update in enumerate(self._updates):
             part = layout.group_slice(group)
-            scale: Any = np.asarray(1.0, layout.dtype)
-            if clipping.needs_norms:
-                assert squared_norms is not None
-                scale = scales(
-                    clipping,
-                    squared_norms,
-                    segments,
-                    [weight.group == group for weight in run.program.weights],
-                    layout.shard_size,
-                )[part].astype(layout.dtype)
             outputs = update(
                 state.shard[part],
                 reduced.gradient[part],
                 np.float64(reduced.rows),
-                scale,
+                self._scale(state.rank, group, squared_norms),
                 np.float32(learning_rates[group]),
                 *state.slots[group],
             )
@@ -272,6 +261,25 @@ class RankProgram:
             records=[*state.records, record],
             halt=Halt("stop", record.step) if stop and stop(record.step, record.loss) else None,
         )
+
+    def _scale(self, rank: int, group: int, squared_norms: np.ndarray | None) -> np.ndarray:
+        """The factor of clipping by norm for a group's slice: `[]`, or one per element."""
+        run, layout = self.run, self.run.layout
+        factor = 1.0
+        if squared_norms is not None and run.clip_norm is not None:
+            # tf.clip_by_global_norm over all groups; what follows sees the clipped gradient.
+            factor = run.clip_norm / max(float(np.sqrt(squared_norms.sum())), run.clip_norm)
+            squared_norms = squared_norms * factor**2
+        if squared_norms is None or not run.clippings[group].needs_norms:
+            return np.asarray(factor, layout.dtype)
+        per_element = scales(
+            run.clippings[group],
+            squared_norms,
+            layout.segments(rank),
+            [weight.group == group for weight in run.program.weights],
+            layout.shard_size,
+        )
+        return (factor * per_element[layout.group_slice(group)]).astype(layout.dtype)
 
     @staticmethod
     def _overflow(state: RankState, reduced: Reduced) -> Halt | None:

@@ -9,13 +9,13 @@ go straight between the JVM and our own functions. This file alone touches PySpa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from pyspark import SparkContext, StorageLevel
 from pyspark.rdd import RDD, PipelinedRDD
 from pyspark.serializers import NoOpSerializer, PairDeserializer, pack_long
 
-Frames = RDD  # of bytes; an alias, because PySpark's RDD has no raw form of its own
+Frames: TypeAlias = RDD  # of bytes; PySpark has no type of its own for them
 
 
 def frames(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]]) -> Frames:
