@@ -14,9 +14,9 @@ Three kinds of facts reach a schedule, each in its own way:
 Formulas and names: BigDL 2, `SGD.scala` (Apache-2.0), unless a class says otherwise.
 
 Example:
-    >>> warmup_then_decay = SequentialSchedule(learning_rate=0.01)
-    >>> warmup_then_decay.add(Warmup(0.001), 90).add(MultiStep([1000, 2000], 0.1), 10_000)
-    >>> optimizer = keras.optimizers.SGD(warmup_then_decay, momentum=0.9)
+    >>> schedule = SequentialSchedule(learning_rate=0.01)
+    >>> schedule = schedule.add(Warmup(0.001), 90).add(MultiStep([1000, 2000], 0.1), 10_000)
+    >>> optimizer = keras.optimizers.SGD(schedule, momentum=0.9)
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Warmup(Schedule):
         learning_rate: the base rate.
 
     Example:
-        >>> float(Warmup(0.02, learning_rate=0.1)(5))  # 0.1 + 0.02 * 5
+        >>> round(float(Warmup(0.02, learning_rate=0.1)(5)), 6)  # 0.1 + 0.02 * 5
         0.2
     """
 
@@ -326,7 +326,7 @@ class Plateau(Schedule):
         >>> state = plateau.initial_state()
         >>> for loss in (1.0, 1.0, 1.0):
         ...     state = plateau.observe(state, loss)
-        >>> rate_at(plateau, 0, state)
+        >>> round(rate_at(plateau, 0, state), 6)
         0.05
     """
 
@@ -422,7 +422,7 @@ class SequentialSchedule(Schedule):
 
     Example:
         >>> schedule = SequentialSchedule(learning_rate=0.1)
-        >>> schedule.add(Warmup(0.1), 9).add(Step(10, 0.5), 100)
+        >>> schedule = schedule.add(Warmup(0.1), 9).add(Step(10, 0.5), 100)
         >>> [round(float(schedule(step)), 3) for step in (0, 8, 9, 19)]
         [0.1, 0.9, 1.0, 0.5]
     """
