@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import stat
 from dataclasses import replace
 
@@ -320,6 +321,30 @@ def test_a_failure_at_any_write_leaves_the_last_checkpoint(filesystem, writes):
     filesystem.writes_left = 0
     with pytest.raises(CheckpointError, match="model_dir must be a folder that can be written"):
         store.check_writable()
+
+
+@pytest.mark.parametrize(("limit_bytes", "where"), [(16, {"rank": 1}), (1024, {"step": 2})])
+def test_a_full_local_disk_leaves_the_last_checkpoint(tmp_path, limit_bytes, where):
+    store = CheckpointStore(str(tmp_path))
+    first = save(store, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        with pytest.raises(CheckpointError, match="File too large") as failure:
+            save(store, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failure.value.where == where
+    assert store.list() == (1,)
+    assert store.latest_whole().manifest == first
+    second = save(store, 2)
+    assert store.latest_whole().manifest == second
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-00000001.json",
+        "step-00000002.json",
+        first.folder,
+        second.folder,
+    }
 
 
 def test_leftovers_go_and_strangers_stay(tmp_path):

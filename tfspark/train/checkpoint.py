@@ -42,6 +42,7 @@ import fsspec
 import numpy as np
 
 from tfspark.errors import CheckpointError, InvalidInputError
+from tfspark.train import files
 from tfspark.train.manifest import (
     FOLDER,
     ArrayInfo,
@@ -54,12 +55,9 @@ from tfspark.train.manifest import (
 )
 
 _MANIFEST = re.compile(r"step-(\d{8,})\.json")
-_TEMPORARY = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.part")
 # Arrays start on cache lines, so that a memory map of the file gives aligned arrays.
 _ALIGNMENT = 64
 _BLOCK_BYTES = 8 * 2**20
-# Stores where a rename is atomic and a write is not; on object stores it is the other way round.
-_RENAMING = frozenset({"file", "local", "hdfs", "webhdfs", "viewfs", "sftp", "ssh", "smb"})
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,8 @@ class CheckpointStore:
         fs, root = self._open()
         probe = f"{root}/.{uuid.uuid4().hex[:8]}.{uuid.uuid4().hex[:8]}.part"
         with self._explained("model_dir must be a folder that can be written"):
-            _make_folder(fs, root)
-            _write(fs, probe, [b"tfspark"])
+            files.make_folder(fs, root)
+            files.write(fs, probe, [b"tfspark"])
             fs.rm_file(probe)
 
     def begin(self, step: int) -> Attempt:
@@ -155,9 +153,9 @@ class CheckpointStore:
         fs, root = self._open()
         attempt = Attempt(step, f"step-{step:08d}-{uuid.uuid4().hex[:8]}")
         with self._explained("model_dir must be a folder that can be written"):
-            _make_folder(fs, root)
+            files.make_folder(fs, root)
             self._remove_leftovers()
-            _make_folder(fs, f"{root}/{attempt.folder}")
+            files.make_folder(fs, f"{root}/{attempt.folder}")
         return attempt
 
     def write_shard(
@@ -196,7 +194,7 @@ class CheckpointStore:
             offset += padding + content.nbytes
         file = f"rank-{rank:05d}.bin"
         with self._explained("Every executor must be able to write to model_dir", rank=rank):
-            _write(fs, f"{root}/{attempt.folder}/{file}", chunks)
+            files.write(fs, f"{root}/{attempt.folder}/{file}", chunks)
         crc32 = 0
         for chunk in chunks:
             crc32 = zlib.crc32(chunk, crc32)
@@ -229,7 +227,7 @@ class CheckpointStore:
                     step=attempt.step,
                 )
         with self._explained("The driver must be able to write the manifest", step=attempt.step):
-            _write(fs, self._manifest_path(root, attempt.step), [manifest.to_json().encode()])
+            files.write(fs, self._manifest_path(root, attempt.step), [manifest.to_json().encode()])
         return manifest
 
     def retain(self, policy: Retention) -> tuple[int, ...]:
@@ -256,7 +254,7 @@ class CheckpointStore:
     def list(self) -> tuple[int, ...]:
         """The steps with a committed checkpoint, in ascending order; empty without a folder."""
         fs, root = self._open()
-        matches = (_MANIFEST.fullmatch(name) for name in _names(fs, root))
+        matches = (_MANIFEST.fullmatch(name) for name in files.list_names(fs, root))
         return tuple(sorted(int(match[1]) for match in matches if match))
 
     def latest(self) -> Manifest | None:
@@ -405,8 +403,8 @@ class CheckpointStore:
         fs, root = fsspec.core.url_to_fs(self.model_dir, **self.storage_options)
         return fs, root.rstrip("/")
 
-    def _explained(self, rule: str, **where: Any) -> _Explained:
-        return _Explained(f"{rule}. Received: model_dir={self.model_dir!r}", where)
+    def _explained(self, rule: str, **where: Any) -> files.Explained:
+        return files.Explained(f"{rule}. Received: model_dir={self.model_dir!r}", where)
 
     @staticmethod
     def _manifest_path(root: str, step: int) -> str:
@@ -433,12 +431,12 @@ class CheckpointStore:
             except CheckpointError:
                 # Its data may be all that is left to rescue; a person should decide.
                 unreadable.add(step)
-        for name in _names(fs, root):
+        for name in files.list_names(fs, root):
             match = FOLDER.fullmatch(name)
             if match and name not in named and int(match[1]) not in unreadable:
                 if up_to is None or int(match[1]) <= up_to:
                     fs.rm(f"{root}/{name}", recursive=True)
-            elif _TEMPORARY.fullmatch(name):
+            elif files.TEMPORARY.fullmatch(name):
                 fs.rm_file(f"{root}/{name}")
 
     def _read_elements(
@@ -490,23 +488,6 @@ class CheckpointStore:
         return result
 
 
-@dataclass(frozen=True)
-class _Explained:
-    """Turns an operating system's error into one that names the rule and `model_dir`."""
-
-    rule: str
-    where: dict[str, Any]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self.rule} ({type(error).__name__}: {error}).", **self.where
-            ) from error
-
-
 def _check_complete(attempt: Attempt, manifest: Manifest) -> None:
     ranks = [shard.rank for shard in manifest.shards]
     if ranks != list(range(manifest.num_ranks)) or manifest.step != attempt.step:
@@ -542,56 +523,3 @@ def _array(content: bytes, entry: ArrayInfo, offset: int) -> np.ndarray:
     count = math.prod(entry.shape)
     array = np.frombuffer(content, dtype, count, offset if count else 0)
     return array.astype(dtype.newbyteorder("=")).reshape(entry.shape)
-
-
-def _names(fs: Any, root: str) -> list[str]:
-    """The names in a folder; none if the folder is not there."""
-    fs.invalidate_cache(root)
-    try:
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(root, detail=False)]
-    except FileNotFoundError:
-        return []
-
-
-def _is_local(fs: Any) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-
-
-def _make_folder(fs: Any, path: str) -> None:
-    if _is_local(fs):
-        os.makedirs(path, mode=0o700, exist_ok=True)
-    else:
-        fs.makedirs(path, exist_ok=True)
-
-
-def _write(fs: Any, path: str, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes a file that readers see whole or not at all."""
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if not protocols & _RENAMING:
-        fs.pipe_file(path, b"".join(chunks))
-        return
-    folder, name = path.rsplit("/", 1)
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.part"
-    if not _is_local(fs):
-        with fs.open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-        fs.mv(temporary, path)
-        return
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(folder)
-
-
-def _sync_folder(path: str) -> None:
-    """Makes a rename survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
