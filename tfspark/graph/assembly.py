@@ -13,7 +13,8 @@ from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph.program import Program, StateSlot, Weight
 from tfspark.graphdef.pure import PureGraph, TensorInfo
-from tfspark.graphdef.variables import call, trace
+from tfspark.graphdef.rewrite import trace_graph
+from tfspark.graphdef.variables import call, purify_function
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def assemble(step: Step) -> Program:
         return [loss, tf.concat(gradients, 0), *new_state]
 
     signature = [tf.TensorSpec([size], dtype), *state, *step_signature(infos)]
-    traced = trace(program, signature, seeded=True)
-    return Program(step.weights, step.state, step.batch, dtype, traced.graph)
+    graph = trace_graph(program, signature, ordered=False)
+    purified = purify_function(graph, seeded=True)
+    return Program(step.weights, step.state, step.batch, dtype, purified.graph)
 
 
 def split(flat: Any, weights: Sequence[Weight]) -> list[Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import graph_pb2
+from tensorflow.core.framework import attr_value_pb2, graph_pb2
 from tensorflow.python.eager import context
+from tensorflow.python.eager.polymorphic_function import atomic_function
 
 from tfspark.graphdef.pure import PureGraph
+from tfspark.graphdef.rewrite import trace_graph
 from tfspark.graphdef.variables import call
 
 Loaded = Callable[..., list[tf.Tensor]]
+
+_numbers = itertools.count()  # TensorFlow's functions need names of their own
 
 
 def configure_threads(cores: int) -> None:
@@ -69,27 +74,27 @@ def _load(key: _Key) -> Loaded:
     dtypes = [tf.as_dtype(info.dtype) for info in pure.inputs]
     with context.eager_mode():
         _register_functions(pure)
-        function = tf.function(
+        graph = trace_graph(
             lambda *tensors: call(pure, tensors),
-            input_signature=[
+            [
                 tf.TensorSpec(info.shape, dtype)
                 for info, dtype in zip(pure.inputs, dtypes, strict=True)
             ],
-            autograph=False,
-            jit_compile=key.jit_compile,
-        ).get_concrete_function()
-
-    # Binding arguments by name costs a ConcreteFunction as much again as running a small graph.
-    atomic = function._inference_function
+            ordered=False,
+        )
+        attributes = {}
+        if key.jit_compile:
+            attributes["_XlaMustCompile"] = attr_value_pb2.AttrValue(b=True)
+        # Binding arguments by name costs a ConcreteFunction as much as running a small graph.
+        function = atomic_function.from_func_graph(
+            f"tfspark_{next(_numbers)}_{pure.fingerprint[:16]}", graph, attributes
+        )
 
     def run(*inputs: Any) -> list[tf.Tensor]:
         if context.executing_eagerly():
-            return call_flat(inputs)
+            return list(function.call_flat(*map(tf.convert_to_tensor, inputs, dtypes)))
         with context.eager_mode():
-            return call_flat(inputs)
-
-    def call_flat(inputs: tuple[Any, ...]) -> list[tf.Tensor]:
-        return list(atomic.call_flat(*map(tf.convert_to_tensor, inputs, dtypes)))
+            return list(function.call_flat(*map(tf.convert_to_tensor, inputs, dtypes)))
 
     return run
 

@@ -63,6 +63,9 @@ _SCATTERS = {
 _SCATTERS |= {f"Resource{name}": function for name, function in _SCATTERS.items()}
 _ND_SCATTERS = {name.replace("Scatter", "ScatterNd"): f for name, f in _SCATTERS.items()}
 
+# Stateful by registration only: what they keep lives and dies within one run of a v1 loop.
+_LOCAL = re.compile("Stack(Push|Pop|Close)?V2|TensorArray.*V3")
+
 # What else is stateful and has no place in a pure graph, and what to do about it.
 _REMEDIES = (
     ("Table", "look words up in the data set's map, or use a keras.layers.StringLookup there"),
@@ -196,7 +199,7 @@ class Emitter:
 
     def variable(self, index: int, variable: VariableInput) -> str:
         """Adds the input of a variable, its first version."""
-        name = self.placeholder(f"{variable.name}/value", variable.dtype, variable.shape)
+        name = self.placeholder(f"{variable.name}.value", variable.dtype, variable.shape)
         self.versions[index] = [(0, name)]
         return name
 
@@ -207,6 +210,12 @@ class Emitter:
         node.attr["dtype"].type = dtype.as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
         return node.name
+
+    def control(self, tensor: str) -> set[str]:
+        """A control input that waits for a tensor; none for an input, which is always there."""
+        name = tensor.split(":")[0]
+        waits = name not in self.nodes or self.nodes[name].op != "Placeholder"
+        return {f"^{name}"} if waits else set()
 
     def final(self, variable: int) -> str:
         """The newest version of a variable."""
@@ -279,7 +288,8 @@ class _Walk:
             before |= mask
         self._masks[op.name] = before
         if all(tensor.name in self.values for tensor in op.outputs) and op.outputs:
-            return  # an input of the rewrite
+            self._controls[op.name] = ()  # an input of the rewrite is always there
+            return
         self._dispatch(op)
         self.mask |= self._masks[op.name]
         if self.emitter._keeps_control:
@@ -381,7 +391,7 @@ class _Walk:
             value = self.values.get(tensor.name)
             value = value.value if isinstance(value, Handle) else value
             if value is not None:
-                controls.add("^" + value.split(":")[0])
+                controls |= self.emitter.control(value)
         return tuple(sorted(controls))
 
     def _pass_on(self, op: Any, kind: str, handle: Handle, inputs: Sequence[Value]) -> None:
@@ -460,7 +470,7 @@ class _Walk:
         known = {t.name: value for t, value in zip(body.inputs, inputs, strict=True)}
         roots = [t.op for t in body.outputs] + list(body.control_outputs)
         anchors = tuple(self._control_inputs(op, inputs)) if self.emitter._keeps_control else ()
-        prefix = f"{self.prefix}{op.name}/"
+        prefix = f"{self.prefix}{op.name}.inlined/"
         inner = self.emitter.walk(roots, known, prefix, self._masks[op.name], anchors)
         self._masks[op.name] |= inner.mask
         results = [inner.value(t) for t in body.outputs]
@@ -470,7 +480,7 @@ class _Walk:
 
     def _control_inputs(self, op: Any, inputs: Sequence[Value]) -> set[str]:
         controls = {c for x in op.control_inputs for c in self._controls[x.name]}
-        return controls | {"^" + self.read(op, value).split(":")[0] for value in inputs}
+        return controls.union(*(self.emitter.control(self.read(op, value)) for value in inputs))
 
     def _inline(
         self, op: Any, function: Callable[..., Any], inputs: Sequence[Value], newest: bool = False
@@ -620,10 +630,19 @@ class _Body:
         return library.add(self.name, prune(nodes, [*arguments, *self.outputs]), self.outputs)
 
 
-def trace_graph(function: Callable[..., Any], signature: Sequence[tf.TensorSpec]) -> Any:
-    """A FuncGraph of a function of tensors, in whatever eager mode the process is."""
+def trace_graph(
+    function: Callable[..., Any], signature: Sequence[tf.TensorSpec], ordered: bool = True
+) -> Any:
+    """A FuncGraph of a function of tensors, in whatever eager mode the process is.
+
+    Args:
+        function: called with one symbolic tensor per entry of `signature`.
+        signature: dtypes and shapes.
+        ordered: put the effects of stateful operations in program order; not for a function that
+            only calls pure graphs, whose v1 loops must not get more control edges.
+    """
     return func_graph_lib.func_graph_from_py_func(
-        "traced", function, args=tuple(signature), kwargs={}, add_control_dependencies=True
+        "traced", function, args=tuple(signature), kwargs={}, add_control_dependencies=ordered
     )
 
 
@@ -648,7 +667,7 @@ def check_pure(nodes: Iterable[Any], allow: frozenset[str]) -> None:
     for node in nodes:
         definition = op_def_registry.get(node.op)
         random = node.op in RANDOM_OPS
-        harmless = node.op in ("Placeholder", "Assert") or node.op in allow
+        harmless = node.op in allow or node.op == "Placeholder" or _LOCAL.fullmatch(node.op)
         if definition is None or harmless or not (definition.is_stateful or random):
             continue
         remedy = next((r for kinds, r in _REMEDIES if re.search(kinds, node.op)), "remove it")
