@@ -139,29 +139,29 @@ def flat_dtype(weights: Sequence[Weight], graph: PureGraph, first: int) -> str:
     Raises:
         ProgramError: they have several, or one that is neither float32 nor float64.
     """
-    dtypes = {w.name: graph.inputs[first + i].dtype for i, w in enumerate(weights)}
+    dtypes = [(w.name, graph.inputs[first + i].dtype) for i, w in enumerate(weights)]
     check_weight_dtypes(dtypes)
-    return next(iter(dtypes.values()))
+    return dtypes[0][1]
 
 
-def check_weight_dtypes(dtypes: dict[str, str]) -> None:
+def check_weight_dtypes(dtypes: Sequence[tuple[str, str]]) -> None:
     """Refuses weights that do not fit into one flat vector of full precision.
 
     Raises:
         ProgramError: names them and the remedy.
     """
-    odd = {name: dtype for name, dtype in dtypes.items() if dtype not in ("float32", "float64")}
+    odd = [(name, dtype) for name, dtype in dtypes if dtype not in ("float32", "float64")]
     if odd:
         raise ProgramError(
             "Trainable weights must be float32 or float64. "
-            f"Received: {', '.join(f'{name} ({dtype})' for name, dtype in odd.items())}. For "
+            f"Received: {', '.join(f'{name} ({dtype})' for name, dtype in odd)}. For "
             "half precision use the policy mixed_bfloat16 or mixed_float16, which computes in "
             "half precision and keeps float32 weights."
         )
-    if len(set(dtypes.values())) > 1:
+    if len({dtype for _, dtype in dtypes}) > 1:
         raise ProgramError(
             "All trainable weights must have one dtype. "
-            f"Received: {', '.join(f'{name} ({dtype})' for name, dtype in dtypes.items())}. "
+            f"Received: {', '.join(f'{name} ({dtype})' for name, dtype in dtypes)}. "
             "Freeze the odd ones or give them the dtype of the others."
         )
 

@@ -20,7 +20,7 @@ from tfspark.graph.assembly import (
 )
 from tfspark.graph.program import StateSlot, Weight
 from tfspark.graphdef.rewrite import VariableInput
-from tfspark.graphdef.variables import purify
+from tfspark.graphdef.variables import Purified, purify
 
 _VARIABLE_OPS = ("VarHandleOp", "VariableV2", "Variable")
 _CONTEXTS = [tf.compat.v1.GraphKeys.COND_CONTEXT, tf.compat.v1.GraphKeys.WHILE_CONTEXT]
@@ -98,15 +98,13 @@ def _program(
             f"Received: {loss.name!r}, which depends on none. Create the variables with "
             "trainable=True, in the graph of the loss."
         )
-    check_weight_dtypes({name_of(v): v.dtype.base_dtype.name for v, _ in pairs})
+    check_weight_dtypes([(name_of(v), v.dtype.base_dtype.name) for v, _ in pairs])
     pairs = sorted(pairs, key=lambda pair: group_of(name_of(pair[0])) if group_of else 0)
     graph = loss.graph
     ops = [*graph.get_collection(tf.compat.v1.GraphKeys.UPDATE_OPS), *(updates or ())]
     update_ops = [copy.get_operation_by_name(getattr(op, "op", op).name) for op in ops]
+    rows, global_rows, seed = _step_inputs(copy)
     with copy.as_default():
-        rows = tf.compat.v1.placeholder(tf.int64, [], "tfspark/rows")
-        global_rows = tf.compat.v1.placeholder(tf.int64, [], "tfspark/global_rows")
-        seed = tf.compat.v1.placeholder(tf.int64, [2], "tfspark/seed")
         factor = rows if reduction == "mean" else global_rows
         dtype = pairs[0][0].dtype.base_dtype
         copied_loss = tf.cast(copy.get_tensor_by_name(loss.name), dtype)
@@ -114,35 +112,18 @@ def _program(
             tensor * tf.cast(factor, dtype)
             for tensor in (copied_loss, *(gradient for _, gradient in pairs))
         ]
-    needed = _ancestors([tensor.op for tensor in results] + update_ops)
-    constants = {_key_name(key): values[0] for key, values in (tensor_with_value or {}).items()}
-    used = [(tensor, index) for tensor, index in inputs if tensor.op.name in needed]
-    _check_placeholders(needed, loss, used, inputs, constants)
-
-    found = _variables_by_op(graph, [v for v, _ in pairs])
-    weight_ops = [v.op.name for v, _ in pairs]
-    state_ops = [
-        name for name, op in needed.items() if op.type in _VARIABLE_OPS and name not in weight_ops
-    ]
-    _check_known(state_ops, found)
-    initialize(session)
-    variables = [found[name] for name in [*weight_ops, *state_ops]]
-    values = session.run(variables)
-    slots = [
-        VariableInput(
-            name_of(v), v.dtype.base_dtype, v.shape, (copy.get_tensor_by_name(reference(v).name),)
-        )
-        for v in variables
-    ]
-    batch = [copy.get_tensor_by_name(tensor.name) for tensor, _ in used]
-    purified = purify(
+    purified, variables, values, batch = _purify(
         copy,
-        [*batch, rows, global_rows, seed],
+        graph,
+        session,
         results,
-        slots,
-        updates=update_ops,
-        seed=seed,
-        constants={name: value for name, value in constants.items() if _op(name) in needed},
+        update_ops,
+        inputs,
+        tensor_with_value,
+        0,
+        (rows, global_rows, seed),
+        [v for v, _ in pairs],
+        loss.name,
     )
     names = unique_names([name_of(v) for v in variables])
     weights = tuple(
@@ -160,7 +141,7 @@ def _program(
             zip(names, variables, values, purified.written, strict=True)
         )[len(weights) :]
     )
-    program = assemble(Step(purified.graph, weights, states, tuple(index for _, index in used)))
+    program = assemble(Step(purified.graph, weights, states, batch))
 
     def write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
         assign_back(session, variables, values)
@@ -173,6 +154,102 @@ def _program(
         tuple(variables[len(weights) :]),
         write,
     )
+
+
+def purify_tensors(
+    tensors: Sequence[Any],
+    session: Any,
+    inputs: Sequence[tuple[Any, int]],
+    tensor_with_value: Mapping[Any, Any] | None,
+) -> tuple[Purified, list[Any], tuple[int, ...]]:
+    """Tensors of a session's graph, in evaluation, as a pure graph.
+
+    Returns:
+        The graph, whose inputs are the batch, rows twice, a seed and variables; these variables;
+        and the indices of the batch's fields.
+    """
+    graph = session.graph
+    foreign = [tensor.name for tensor in tensors if tensor.graph is not graph]
+    if foreign:
+        raise ProgramError(
+            "What is evaluated must be in the session's graph. "
+            f"Received: {', '.join(foreign)} of another graph."
+        )
+    copy = _copy(graph)
+    results = [copy.get_tensor_by_name(tensor.name) for tensor in tensors]
+    names = ", ".join(tensor.name for tensor in tensors)
+    purified, variables, _, batch = _purify(
+        copy,
+        graph,
+        session,
+        results,
+        (),
+        inputs,
+        tensor_with_value,
+        1,
+        _step_inputs(copy),
+        (),
+        names,
+    )
+    return purified, variables, batch
+
+
+def _step_inputs(copy: tf.Graph) -> tuple[Any, Any, Any]:
+    with copy.as_default():
+        return (
+            tf.compat.v1.placeholder(tf.int64, [], "tfspark/rows"),
+            tf.compat.v1.placeholder(tf.int64, [], "tfspark/global_rows"),
+            tf.compat.v1.placeholder(tf.int64, [2], "tfspark/seed"),
+        )
+
+
+def _purify(
+    copy: tf.Graph,
+    graph: tf.Graph,
+    session: Any,
+    results: Sequence[Any],
+    update_ops: Sequence[Any],
+    inputs: Sequence[tuple[Any, int]],
+    tensor_with_value: Mapping[Any, Any] | None,
+    phase: int,
+    step_inputs: tuple[Any, Any, Any],
+    first: Sequence[Any],
+    what: str,
+) -> tuple[Purified, list[Any], list[Any], tuple[int, ...]]:
+    """Purifies results in a copy of a graph, with its variables, `first` ones first.
+
+    Returns:
+        The pure graph, the variables, their values, the indices of the batch's fields.
+    """
+    needed = _ancestors([tensor.op for tensor in results] + list(update_ops))
+    constants = {_key_name(key): values[phase] for key, values in (tensor_with_value or {}).items()}
+    used = [(tensor, index) for tensor, index in inputs if tensor.op.name in needed]
+    _check_placeholders(needed, what, used, inputs, constants)
+    found = _variables_by_op(graph, first)
+    first_ops = [v.op.name for v in first]
+    other_ops = [
+        name for name, op in needed.items() if op.type in _VARIABLE_OPS and name not in first_ops
+    ]
+    _check_known(other_ops, found)
+    initialize(session)
+    variables = [found[name] for name in [*first_ops, *other_ops]]
+    slots = [
+        VariableInput(
+            name_of(v), v.dtype.base_dtype, v.shape, (copy.get_tensor_by_name(reference(v).name),)
+        )
+        for v in variables
+    ]
+    purified = purify(
+        copy,
+        [*(copy.get_tensor_by_name(tensor.name) for tensor, _ in used), *step_inputs],
+        results,
+        slots,
+        updates=update_ops,
+        seed=step_inputs[-1],
+        constants={name: value for name, value in constants.items() if _op(name) in needed},
+    )
+    values = session.run(variables) if variables else []
+    return purified, variables, values, tuple(index for _, index in used)
 
 
 def assign_back(session: Any, variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
@@ -238,8 +315,7 @@ def _check_loss(loss: Any, session: Any, tensors: Sequence[Any]) -> tf.Graph:
     if (
         not tf.is_tensor(loss)
         or not hasattr(loss, "graph")
-        or tf.executing_eagerly()
-        and hasattr(loss, "numpy")
+        or isinstance(loss, tf.__internal__.EagerTensor)
     ):
         raise ProgramError(
             "A loss is a tensor of a graph. "
@@ -270,7 +346,7 @@ def _check_loss(loss: Any, session: Any, tensors: Sequence[Any]) -> tf.Graph:
 
 def _check_placeholders(
     needed: Mapping[str, Any],
-    loss: Any,
+    what: str,
     used: Sequence[tuple[Any, int]],
     inputs: Sequence[tuple[Any, int]],
     constants: Mapping[str, Any],
@@ -282,7 +358,7 @@ def _check_placeholders(
     ]
     if missing:
         raise ProgramError(
-            "Every placeholder that the loss needs must be fed. "
+            f"Every placeholder that {what} needs must be fed. "
             f"Received: {', '.join(missing)}, which is neither a tensor of the data set nor in "
             "tensor_with_value. Give tensor_with_value={placeholder: (training value, "
             "evaluation value)}."
@@ -290,7 +366,7 @@ def _check_placeholders(
     if not used:
         raise ProgramError(
             "The loss must depend on the data set. "
-            f"Received: {loss.name!r}, which uses none of its tensors "
+            f"Received: {what}, which uses none of its tensors "
             f"{', '.join(tensor.name for tensor, _ in inputs)}. Build it from dataset.tensors."
         )
 

@@ -66,7 +66,7 @@ def program_from_keras(
     check_model(model)
     infos = batch_infos(row_spec)
     build(model, row_spec)
-    compile_loss = _compile_loss(model, loss, loss_weights)
+    compile_loss = compile_loss_of(model, loss, loss_weights)
     connected: list[Any] = []
 
     def step(*inputs: Any) -> list[Any]:
@@ -75,7 +75,7 @@ def program_from_keras(
         share = tf.cast(global_rows, tf.float64) / tf.cast(rows, tf.float64)
         with tf.GradientTape() as tape:
             predictions = call_model(model, x, training=True)
-            total = _loss(model, compile_loss, share, x, y, predictions, sample_weight)
+            total = model_loss(model, compile_loss, share, x, y, predictions, sample_weight)
             total = total * tf.cast(rows, total.dtype)
         trainable = model.trainable_variables
         gradients = tape.gradient(total, [variable.value for variable in trainable])
@@ -88,7 +88,7 @@ def program_from_keras(
                 "its loss depends. Unfreeze a layer, or check the loss."
             )
         connected.extend(variable for variable, _ in pairs)
-        check_weight_dtypes({v.path: v.dtype for v in connected})
+        check_weight_dtypes([(v.path, dtype_of(v)) for v in connected])
         total = tf.cast(total, connected[0].dtype)
         return [total, *(tf.convert_to_tensor(gradient) for _, gradient in pairs)]
 
@@ -188,14 +188,14 @@ def dtype_of(variable: Any) -> str:
     return tf.as_dtype(variable.dtype).name
 
 
-def _compile_loss(model: keras.Model, loss: Any, loss_weights: Any) -> Any:
+def compile_loss_of(model: keras.Model, loss: Any, loss_weights: Any) -> Any:
     """The loss to use instead of the compiled one, or the compiled one, or None."""
     if loss is None:
         return model._compile_loss
     return CompileLoss(loss, loss_weights, output_names=getattr(model, "output_names", None))
 
 
-def _loss(
+def model_loss(
     model: keras.Model,
     compile_loss: Any,
     share: Any,
@@ -203,6 +203,7 @@ def _loss(
     y: Any,
     predictions: Any,
     sample_weight: Any,
+    training: bool = True,
 ) -> Any:
     """The model's loss, with what is a sum over rows multiplied by `share`."""
     _check_masks(model, predictions)
@@ -213,13 +214,13 @@ def _loss(
             f"Received: model {model.name!r} without one. Compile it, or give loss=…."
         )
     with _replaced(model, "_compile_loss", compile_loss):
-        total = model._compute_loss(x, y, predictions, sample_weight, training=True)
+        total = model._compute_loss(x, y, predictions, sample_weight, training=training)
         flat = compile_loss._flat_losses if compile_loss is not None and compile_loss.built else []
         _check_reductions(flat, sample_weight is not None)
         if any(_is_sum(entry.loss) for entry in flat):
             scaled = [_scaled(entry, share) if _is_sum(entry.loss) else entry for entry in flat]
             with _replaced(compile_loss, "_flat_losses", scaled):
-                total = model._compute_loss(x, y, predictions, sample_weight, training=True)
+                total = model._compute_loss(x, y, predictions, sample_weight, training=training)
     if total.shape.rank != 0:
         raise ProgramError(
             f"The loss must be a scalar. Received: shape {total.shape} from {model.name!r}."
