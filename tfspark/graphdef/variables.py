@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import graph_pb2
+from tensorflow.core.framework import function_pb2, graph_pb2
 
 from tfspark.errors import ProgramError
 from tfspark.graphdef.pure import PureGraph, TensorInfo
@@ -182,6 +183,7 @@ def purify(
 
 def pure_graph(definition: Any, inputs: Sequence[str], outputs: Sequence[str]) -> PureGraph:
     """A PureGraph of a GraphDef, with dtypes and shapes as TensorFlow infers them."""
+    definition = _with_own_functions(definition)
     with tf.Graph().as_default() as graph:
         tf.graph_util.import_graph_def(definition, name="")
 
@@ -194,6 +196,42 @@ def pure_graph(definition: Any, inputs: Sequence[str], outputs: Sequence[str]) -
         tuple(info(name, graph.get_tensor_by_name(full(name))) for name in inputs),
         tuple(info(full(name), graph.get_tensor_by_name(full(name))) for name in outputs),
     )
+
+
+def _with_own_functions(definition: Any) -> Any:
+    """A copy whose functions are called by what they do.
+
+    TensorFlow knows functions by name, process-wide, and forgets those that it traced itself when
+    their graphs are gone. So a pure graph must not share a name with a traced function, and equal
+    names must mean equal functions.
+    """
+    source = {function.signature.name: function for function in definition.library.function}
+    renamed: dict[str, Any] = {}
+
+    def rename(nodes: Any) -> None:
+        for node in nodes:
+            for attr in node.attr.values():
+                called = [attr.func] if attr.WhichOneof("value") == "func" else attr.list.func
+                for function in called:
+                    if function.name in source:
+                        function.name = own(function.name)
+
+    def own(name: str) -> str:
+        if name not in renamed:
+            function = renamed[name] = function_pb2.FunctionDef()
+            function.CopyFrom(source[name])
+            rename(function.node_def)
+            function.signature.name = ""
+            digest = hashlib.sha256(function.SerializeToString(deterministic=True)).hexdigest()
+            function.signature.name = f"{name[:80]}_{digest[:16]}"
+        return renamed[name].signature.name
+
+    result = graph_pb2.GraphDef()
+    result.CopyFrom(definition)
+    rename(result.node)
+    del result.library.function[:]
+    result.library.function.extend(renamed.values())
+    return result
 
 
 def call(pure: PureGraph, tensors: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,156 @@
+"""The batches of one rank: its rows, and the user's map over them. Knows no Spark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfspark.data.order import BatchOrder, row_seeds
+from tfspark.data.store import Handle, Store
+from tfspark.errors import UserFunctionError
+
+if TYPE_CHECKING:
+    from tfspark.graphdef.pure import PureGraph
+
+Batch = list[Any]
+"""One array or eager tensor `[rows, *shape]` per field of the mapped rows."""
+
+
+class BatchReader:
+    """Reads the part of each global batch that a rank holds.
+
+    Args:
+        handle: of the rank's store; it is opened at the first read.
+        order: which rows make which batch.
+        mapping: the user's map over batches; see `RowMapping.batch`.
+
+    Example:
+        >>> reader = BatchReader(handle, order, None)  # doctest: +SKIP
+        >>> for batch, rows in reader.iterate(range(10)):  # doctest: +SKIP
+        ...     print(rows, [array.shape for array in batch])
+    """
+
+    def __init__(self, handle: Handle, order: BatchOrder, mapping: PureGraph | None = None):
+        self.handle = handle
+        self.order = order
+        self._mapping = mapping
+        self._ahead: tuple[int, Future[tuple[Batch, int]]] | None = None
+
+    def read(self, step: int) -> tuple[Batch, int]:
+        """The rows of a step, counted from 0 over all epochs, and how many they are.
+
+        Without rows the batch is an empty list.
+
+        Raises:
+            StoreLostError: the store is not on this host.
+            UserFunctionError: the user's map raised; names rank and row.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            expected, future = ahead
+            if expected == step:
+                return future.result()
+            future.cancel()
+        return self._read(step)
+
+    def prefetch(self, step: int) -> None:
+        """Starts to read a step in the background; the next `read` of that step takes it."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._read, step))
+
+    def iterate(self, steps: Sequence[int]) -> Iterator[tuple[Batch, int]]:
+        """Reads one step after the other, always one ahead in the background.
+
+        An error in the background is raised where its batch is due. Closing the iterator early
+        forgets the batch that was read ahead.
+        """
+        try:
+            for index, step in enumerate(steps):
+                current = self.read(step)
+                if index + 1 < len(steps):
+                    self.prefetch(steps[index + 1])
+                yield current
+        finally:
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None:
+                ahead[1].cancel()
+
+    def _read(self, step: int) -> tuple[Batch, int]:
+        rank = self.handle.rank
+        epoch, step_in_epoch = self.order.locate(step)
+        ids = self.order.row_ids(rank, epoch, step_in_epoch)
+        if not len(ids):
+            return [], 0
+        seeds = self.order.row_seeds(rank, epoch, ids)
+        return _mapped(self._mapping, self._store.take(ids), ids, seeds, rank), len(ids)
+
+    @cached_property
+    def _store(self) -> Store:
+        return Store.open(self.handle)
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="tfspark-batches")
+
+
+def evaluation_batches(
+    handle: Handle, batch_rows: int, mapping: PureGraph | None = None
+) -> Iterator[tuple[Batch, int]]:
+    """All rows of a store in their order, every one once; the last batch may have fewer rows.
+
+    Args:
+        handle: of the store.
+        batch_rows: rows of a batch.
+        mapping: the user's map over batches; its random operations draw the same every time.
+
+    Yields:
+        The batch and its number of rows.
+    """
+    store = Store.open(handle)
+    for start in range(0, store.rows, batch_rows):
+        stop = min(start + batch_rows, store.rows)
+        ids = np.arange(start, stop)
+        seeds = row_seeds(0, handle.rank, 0, ids)
+        yield _mapped(mapping, store.read_range(start, stop), ids, seeds, handle.rank), stop - start
+
+
+def _mapped(
+    mapping: PureGraph | None,
+    arrays: list[np.ndarray],
+    ids: np.ndarray,
+    seeds: np.ndarray,
+    rank: int,
+) -> Batch:
+    if mapping is None:
+        return list(arrays)
+    import tensorflow as tf
+
+    from tfspark.graphdef.loader import load
+
+    function = load(mapping)
+    try:
+        return function(*arrays, seeds)
+    except tf.errors.OpError as error:
+        row, cause = int(ids[0]), error
+        for index, row_id in enumerate(ids):
+            one = slice(index, index + 1)
+            try:
+                function(*(array[one] for array in arrays), seeds[one])
+            except tf.errors.OpError as found:
+                row, cause = int(row_id), found
+                break
+        raise UserFunctionError(
+            "A function given to map() raised an error on a row of the data set. "
+            f"Received: {type(cause).__name__}: {_essence(cause.message)}",
+            rank=rank,
+            row=row,
+        ) from error
+
+
+def _essence(message: str) -> str:
+    """TensorFlow's message without the frame that every error in a graph has."""
+    return message.split("<stack traces unavailable>\n")[-1].split("\n\t [[")[0]

@@ -1,0 +1,157 @@
+"""Errors on their way from a Spark task to the driver.
+
+Spark hands the driver a text. A task that fails inside `reporting` puts its error into that text
+as JSON, and `driver_errors` makes the same error of it again. Nothing is unpickled: a text may
+contain anything that a row contains.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from py4j.protocol import Py4JError, Py4JJavaError
+from pyspark.errors import PySparkException
+
+import tfspark.errors
+from tfspark.errors import TFSparkError, TrainingError, UserFunctionError
+
+_MARK = "tfspark-error:"
+_ENCODED = re.compile(_MARK + r"([A-Za-z0-9+/=]+);")
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+
+
+class TaskFailure(RuntimeError):
+    """What a task raises: the error's text for people, and the error for the driver."""
+
+
+@contextmanager
+def reporting(**where: Any) -> Iterator[None]:
+    """Around the work of a task: an error in it reaches the driver as it is.
+
+    Errors of tfspark keep their type and attributes; others become a `TrainingError` with their
+    traceback.
+
+    Args:
+        **where: such as `rank=`, `step=`, `phase=`; added to the error where it lacks them.
+    """
+    try:
+        yield
+    except TaskFailure:
+        raise
+    # The border of the process: whatever is not carried over here reaches the driver as Java text.
+    except Exception as error:
+        raise TaskFailure(encoded(_located(error, where))) from error
+
+
+@contextmanager
+def driver_errors() -> Iterator[None]:
+    """Around a Spark action on the driver: raises the error that a task reported.
+
+    Example:
+        >>> with driver_errors():  # doctest: +SKIP
+        ...     rdd.mapPartitions(task).collect()
+    """
+    try:
+        yield
+    except (Py4JError, PySparkException) as error:
+        raise_from_spark(error)
+
+
+def raise_from_spark(error: Exception) -> NoReturn:
+    """Raises the error that a task reported, or else what Spark says.
+
+    Raises:
+        TFSparkError: the one that the task raised inside `reporting`, or a `UserFunctionError`
+            with the traceback of any other Python task.
+        Exception: `error` itself, if no Python task caused it.
+    """
+    text = str(error)
+    if isinstance(error, Py4JJavaError):
+        text = f"{error}\n{error.java_exception.toString()}"
+    reported = decoded(text)
+    if reported is not None:
+        raise reported from error
+    start = text.find("Traceback (most recent call last)")
+    if start >= 0:
+        own = text[start:].split("\n\tat org.apache.spark")[0].strip()
+        raise UserFunctionError(
+            f"A function that Spark runs to compute the rows raised an error.\n{own}"
+        ) from error
+    raise error
+
+
+def encoded(error: TFSparkError) -> str:
+    """A text that holds an error."""
+    where = {
+        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for name, value in error.where.items()
+    }
+    content = json.dumps([type(error).__name__, error.message, where])
+    return f"{error}\n{_MARK}{base64.b64encode(content.encode()).decode()};"
+
+
+def decoded(text: str) -> TFSparkError | None:
+    """The error that a text holds, or None."""
+    found = _ENCODED.search(text)
+    if found is None:
+        return None
+    name, message, where = json.loads(base64.b64decode(found.group(1)))
+    kind = getattr(tfspark.errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, TFSparkError)):
+        kind = TrainingError
+    return kind(message, **where)
+
+
+def user_rows(rows: Iterable[Any], partition: int, first: int = 0) -> Iterator[Any]:
+    """The rows of the user's own functions; what these raise names partition and row.
+
+    Args:
+        rows: computed while they are iterated over.
+        partition: of the rows.
+        first: index of the first row.
+
+    Raises:
+        UserFunctionError: with the user's traceback.
+    """
+    row = first
+    try:
+        for value in rows:
+            yield value
+            row += 1
+    except (TFSparkError, TaskFailure):
+        raise
+    # Whatever the user's function may raise.
+    except Exception as error:
+        raise UserFunctionError(
+            "A function that computes the rows of the data set raised an error. Received:\n"
+            f"{user_traceback(error)}",
+            partition=partition,
+            row=row,
+        ) from error
+
+
+def user_traceback(error: BaseException) -> str:
+    """The traceback of an error, from the first frame outside of tfspark and PySpark on."""
+    frames = error.__traceback__
+    start = frames
+    while start is not None and _is_ours(start.tb_frame.f_code.co_filename):
+        start = start.tb_next
+    shown = traceback.format_exception(type(error), error, start or frames)
+    return "".join(shown).rstrip()
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(_PACKAGE) or "/pyspark/" in filename or "pyspark.zip" in filename
+
+
+def _located(error: Exception, where: dict[str, Any]) -> TFSparkError:
+    if isinstance(error, TFSparkError):
+        return type(error)(error.message, **{**where, **error.where})
+    return TrainingError(f"A task raised an error.\n{user_traceback(error)}", **where)
