@@ -22,7 +22,7 @@ from tfspark.graph.program import StateSlot, Weight
 from tfspark.graphdef.rewrite import VariableInput
 from tfspark.graphdef.variables import Purified, purify
 
-_VARIABLE_OPS = ("VarHandleOp", "VariableV2", "Variable")
+VARIABLE_OPS = ("VarHandleOp", "VariableV2", "Variable")
 _CONTEXTS = [tf.compat.v1.GraphKeys.COND_CONTEXT, tf.compat.v1.GraphKeys.WHILE_CONTEXT]
 
 
@@ -59,13 +59,13 @@ def program_from_loss(
             trainable variable or no tensor of the data set; a placeholder has no value; an
             operation has no place in a program.
     """
-    graph = _check_loss(loss, session, [tensor for tensor, _ in inputs])
+    graph = check_loss(loss, session, [tensor for tensor, _ in inputs])
     if reduction not in ("mean", "sum"):
         raise ProgramError(f'A reduction is "mean" or "sum". Received: {reduction!r}.')
     if trainable is None:
         trainable = graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)
     trainable = list({reference(v).name: v for v in trainable}.values())
-    copy = _copy(graph)
+    copy = copy_of(graph)
     handles = [copy.get_tensor_by_name(reference(v).name) for v in trainable]
     with copy.as_default():
         copied_loss = copy.get_tensor_by_name(loss.name)
@@ -75,12 +75,12 @@ def program_from_loss(
             for v, gradient in zip(trainable, gradients, strict=True)
             if gradient is not None
         ]
-    return _program(
+    return program_of_gradients(
         copy, loss, pairs, session, inputs, group_of, updates, tensor_with_value, reduction
     )
 
 
-def _program(
+def program_of_gradients(
     copy: tf.Graph,
     loss: Any,
     pairs: Sequence[tuple[Any, Any]],
@@ -91,7 +91,7 @@ def _program(
     tensor_with_value: Mapping[Any, Any] | None,
     reduction: str,
 ) -> BoundProgram:
-    """The program of a loss and gradients in a copy of its graph."""
+    """The program of a loss and of (variable, gradient in a copy of its graph) pairs."""
     if not pairs:
         raise ProgramError(
             "The loss must depend on a trainable variable. "
@@ -175,7 +175,7 @@ def purify_tensors(
             "What is evaluated must be in the session's graph. "
             f"Received: {', '.join(foreign)} of another graph."
         )
-    copy = _copy(graph)
+    copy = copy_of(graph)
     results = [copy.get_tensor_by_name(tensor.name) for tensor in tensors]
     names = ", ".join(tensor.name for tensor in tensors)
     purified, variables, _, batch = _purify(
@@ -221,14 +221,14 @@ def _purify(
     Returns:
         The pure graph, the variables, their values, the indices of the batch's fields.
     """
-    needed = _ancestors([tensor.op for tensor in results] + list(update_ops))
+    needed = ancestors([tensor.op for tensor in results] + list(update_ops))
     constants = {_key_name(key): values[phase] for key, values in (tensor_with_value or {}).items()}
     used = [(tensor, index) for tensor, index in inputs if tensor.op.name in needed]
     _check_placeholders(needed, what, used, inputs, constants)
-    found = _variables_by_op(graph, first)
+    found = variables_by_op(graph, first)
     first_ops = [v.op.name for v in first]
     other_ops = [
-        name for name, op in needed.items() if op.type in _VARIABLE_OPS and name not in first_ops
+        name for name, op in needed.items() if op.type in VARIABLE_OPS and name not in first_ops
     ]
     _check_known(other_ops, found)
     initialize(session)
@@ -264,9 +264,7 @@ def assign_back(session: Any, variables: Sequence[Any], values: Sequence[np.ndar
 
 def initialize(session: Any) -> None:
     """Initializes the variables of a session's graph that have no value; others keep theirs."""
-    waiting = [
-        v for v in _variables_by_op(session.graph, ()).values() if not _has_value(session, v)
-    ]
+    waiting = [v for v in variables_by_op(session.graph).values() if not _has_value(session, v)]
     while waiting:
         left = []
         for variable in waiting:
@@ -311,7 +309,8 @@ def _op(tensor_name: str) -> str:
     return tensor_name.split(":")[0]
 
 
-def _check_loss(loss: Any, session: Any, tensors: Sequence[Any]) -> tf.Graph:
+def check_loss(loss: Any, session: Any, tensors: Sequence[Any]) -> tf.Graph:
+    """The graph of a loss, which must be a scalar of the session's graph."""
     if (
         not tf.is_tensor(loss)
         or not hasattr(loss, "graph")
@@ -381,7 +380,8 @@ def _check_known(names: Sequence[str], found: Mapping[str, Any]) -> None:
         )
 
 
-def _variables_by_op(graph: tf.Graph, more: Sequence[Any]) -> dict[str, Any]:
+def variables_by_op(graph: tf.Graph, more: Sequence[Any] = ()) -> dict[str, Any]:
+    """The variables in a graph's collections, and more, by the name of their operation."""
     keys = tf.compat.v1.GraphKeys
     collections = (
         keys.GLOBAL_VARIABLES,
@@ -394,7 +394,7 @@ def _variables_by_op(graph: tf.Graph, more: Sequence[Any]) -> dict[str, Any]:
     return {v.op.name: v for v in [*every, *more]}
 
 
-def _copy(graph: tf.Graph) -> tf.Graph:
+def copy_of(graph: tf.Graph) -> tf.Graph:
     """A copy to differentiate in: a graph may be finalized, and gradients of loops change it."""
     with graph.as_default():
         meta = tf.compat.v1.train.export_meta_graph(graph=graph, collection_list=_CONTEXTS)
@@ -404,7 +404,8 @@ def _copy(graph: tf.Graph) -> tf.Graph:
     return copy
 
 
-def _ancestors(roots: Sequence[Any]) -> dict[str, Any]:
+def ancestors(roots: Sequence[Any]) -> dict[str, Any]:
+    """Operations and all that they depend on, by name."""
     seen: dict[str, Any] = {}
     pending = list(roots)
     while pending:
