@@ -5,14 +5,14 @@ An engine takes a `Run` (what never changes), a commit (the state after some ste
 nothing: which steps, which learning rates, when to stop and what to keep is the train layer's.
 
 Who calls what: `start` once, then `round` any number of times with the newest commit, and between
-rounds `evaluate`, `map_states` and `replica`. A commit stays readable until the next successful
+rounds `evaluate`, `map_states` and `collect`. A commit stays readable until the next successful
 `round` or until `close`. If `round` raises, the commit that was passed in is still good.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -230,8 +230,15 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def states(self, commit: Any) -> Any:
-        """Iterates over the ranks' states, without optimizer slots, on the driver, by rank."""
+    def collect(
+        self, commit: Any, select: Callable[[Run, RankState], RankState]
+    ) -> Iterator[RankState]:
+        """Brings the ranks' states to the driver, by rank, one at a time.
+
+        Args:
+            commit: whose states.
+            select: called where a state lies; makes it what is worth the way (without slots, say).
+        """
 
     @abstractmethod
     def evaluate(

@@ -93,8 +93,10 @@ class LocalEngine(Engine):
     ) -> list[Any]:
         return [function(self._program.run, state) for state in commit]
 
-    def states(self, commit: list[RankState]) -> Iterator[RankState]:
-        return iter(commit)
+    def collect(
+        self, commit: list[RankState], select: Callable[[Run, RankState], RankState]
+    ) -> Iterator[RankState]:
+        return (select(self._program.run, state) for state in commit)
 
     def evaluate(
         self,

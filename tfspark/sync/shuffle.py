@@ -20,6 +20,7 @@ at once, so neither lineage nor disk grows with steps.
 
 from __future__ import annotations
 
+import gc
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -122,10 +123,15 @@ class ShuffleEngine(Engine):
         with driver_errors():
             return commit.mapPartitions(_OnState(self._run, function)).collect()
 
-    def states(self, commit: RDD) -> Iterator[RankState]:
-        # One rank at a time: the driver never holds more than one frame beside what it keeps.
-        for frame in wire.frames(commit, _without_slots).toLocalIterator():
-            yield state_from_message(decode(frame))
+    def collect(
+        self, commit: RDD, select: Callable[[Run, RankState], RankState]
+    ) -> Iterator[RankState]:
+        assert self._run is not None, "start() comes first"
+        selected = wire.frames(commit, _Select(self._run, select))
+        with driver_errors():
+            # One job per rank: the driver never holds more than one frame beside what it keeps.
+            for frame in selected.toLocalIterator():
+                yield state_from_message(decode(frame))
 
     def evaluate(
         self,
@@ -325,6 +331,17 @@ class _OnState:
 
 
 @dataclass(frozen=True)
+class _Select:
+    run: Broadcast
+    select: Callable[[Run, RankState], RankState]
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            state = self.select(self.run.value, state_from_message(decode(frame)))
+            yield encode(state_to_message(state))
+
+
+@dataclass(frozen=True)
 class _Evaluate:
     run: Broadcast
     shared: Broadcast
@@ -362,13 +379,6 @@ def _to_all(state: RankState, num_targets: int, *, slots: bool = True) -> Iterat
         yield target, encode(state_to_message(state)) if own else shard
 
 
-def _without_slots(rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
-    for frame in frames:
-        state = state_from_message(decode(frame))
-        state.slots = []
-        yield encode(state_to_message(state))
-
-
 def _receive_with_handle(
     pairs: Iterable[tuple[bytes, bytes]],
 ) -> tuple[Handle, list[Message]]:
@@ -396,8 +406,19 @@ def _receive(frames: Iterable[bytes], *kinds: str) -> tuple[list[Message], Messa
 
 
 def _program(run: Run) -> RankProgram:
+    """The programs of a run in this worker, loaded by its first task."""
+    global _frozen_for
     configure_threads(run.task_threads)
-    return rank_program(run)
+    program = rank_program(run)
+    if _frozen_for != run.run_id:
+        # PySpark's daemon collects garbage after every task. With TensorFlow imported that took
+        # 200 ms, several times as long as the rest of the task; frozen objects are not looked at.
+        gc.freeze()
+        _frozen_for = run.run_id
+    return program
+
+
+_frozen_for: str | None = None
 
 
 _READERS: dict[tuple[str, Handle], BatchReader] = {}

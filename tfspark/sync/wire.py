@@ -2,27 +2,35 @@
 
 `partitionBy` and `zip` of PySpark pickle every element, and `zip` passes both sides through one
 more Python worker to make their batches alike. Here a partition is a sequence of byte strings that
-go straight between the JVM and our own functions. This file alone touches PySpark's internals
-(`_jrdd`, `PairwiseRDD`, `NoOpSerializer`: the same from Spark 3.5 to 4.x).
+go straight between the JVM and our own functions, and an RDD costs a third of the calls into the
+JVM that PySpark makes for it: a round of 30 steps makes some 120 of them while nothing else runs.
+
+This file alone touches PySpark's internals (`_jrdd`, `SimplePythonFunction`, `PairwiseRDD`,
+`NoOpSerializer`: the same from Spark 3.5 to 4.x).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from pyspark import SparkContext, StorageLevel
-from pyspark.rdd import RDD, PipelinedRDD
-from pyspark.serializers import NoOpSerializer, PairDeserializer, pack_long
+from pyspark.rdd import RDD
+from pyspark.serializers import (
+    CloudPickleSerializer,
+    NoOpSerializer,
+    PairDeserializer,
+    pack_long,
+)
 
 Frames: TypeAlias = RDD  # of bytes; PySpark has no type of its own for them
 
 
 def frames(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]]) -> Frames:
     """The frames that `function(partition, elements)` yields for each partition of any RDD."""
-    mapped = PipelinedRDD(rdd, function)
-    mapped._bypass_serializer = True
-    return mapped
+    return RDD(_python_rdd(rdd, function).asJavaRDD(), rdd.context, NoOpSerializer())
 
 
 def exchange(
@@ -38,14 +46,11 @@ def exchange(
     Returns:
         partition `r` holds what was sent to rank `r`, in no particular order.
     """
-    keyed = frames(rdd, _Keyed(function))
-    jvm = rdd.context._jvm
-    assert jvm is not None
-    pairs = jvm.PairwiseRDD(keyed._jrdd.rdd()).asJavaPairRDD()
-    partitioner = jvm.PythonPartitioner(num_ranks, id(exchange))
-    return RDD(
-        jvm.PythonRDD.valueOfPair(pairs.partitionBy(partitioner)), rdd.context, NoOpSerializer()
-    )
+    jvm = _bridge(rdd.context)
+    keyed = _python_rdd(rdd, _Keyed(function))
+    pairs = jvm.pairwise_rdd(keyed).asJavaPairRDD()
+    partitioned = pairs.partitionBy(jvm.partitioner(num_ranks, id(exchange)))
+    return RDD(jvm.python_rdd.valueOfPair(partitioned), rdd.context, NoOpSerializer())
 
 
 def zip_frames(left: Frames, right: Frames) -> RDD:
@@ -77,6 +82,67 @@ def commit_level(context: SparkContext) -> StorageLevel:
     # One entry of the status map is the driver, unless the driver is the executor (local mode).
     others = context._jsc.sc().getExecutorMemoryStatus().size() - 1  # type: ignore[union-attr]
     return StorageLevel.MEMORY_AND_DISK_2 if others >= 2 else StorageLevel.MEMORY_AND_DISK
+
+
+@dataclass(frozen=True)
+class _Bridge:
+    """What PySpark looks up in the JVM, or sends there, for every RDD anew."""
+
+    python_function: Any
+    python_rdd: Any
+    pairwise_rdd: Any
+    partitioner: Any
+    environment: Any
+    includes: Any
+
+
+    included: list[str]  # what is in `includes`, to see that addPyFile was called since
+
+
+_bridges: WeakKeyDictionary[SparkContext, _Bridge] = WeakKeyDictionary()
+
+
+def _bridge(context: SparkContext) -> _Bridge:
+    known = _bridges.get(context)
+    if known is None or known.included != context._python_includes:
+        jvm = context._jvm
+        assert jvm is not None
+        environment, includes = jvm.java.util.HashMap(), jvm.java.util.ArrayList()
+        for name, value in context.environment.items():
+            environment.put(name, value)
+        for path in context._python_includes:
+            includes.add(path)
+        known = _bridges[context] = _Bridge(
+            jvm.SimplePythonFunction,
+            jvm.PythonRDD,
+            jvm.PairwiseRDD,
+            jvm.PythonPartitioner,
+            environment,
+            includes,
+            list(context._python_includes),
+        )
+    return known
+
+
+def _python_rdd(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]]) -> Any:
+    """A JVM RDD of the bytes that a Python function yields."""
+    context, jvm = rdd.context, _bridge(rdd.context)
+    command = CloudPickleSerializer().dumps(
+        (function, None, rdd._jrdd_deserializer, NoOpSerializer())
+    )
+    # Pickling noted which broadcasts the function holds.
+    broadcasts = [broadcast._jbroadcast for broadcast in context._pickled_broadcast_vars]
+    context._pickled_broadcast_vars.clear()
+    wrapped = jvm.python_function(
+        bytearray(command),
+        jvm.environment,
+        jvm.includes,
+        context.pythonExec,
+        context.pythonVer,
+        broadcasts,
+        context._javaAccumulator,
+    )
+    return jvm.python_rdd(rdd._jrdd.rdd(), wrapped, False, False)
 
 
 class _Keyed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,25 @@ class FromCheckpoint:
                 state.slots[group][index] = self.store.read_slot_range(
                     self.manifest, entries[name].group, slot.name, 0, 1
                 )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Selects what goes home after training: the weights, without the optimizer's slots.
+
+    Attributes:
+        averaged: the parameter groups whose weights are replaced by their moving average, as
+            Keras does at the end of `fit` for an optimizer with `use_ema`.
+    """
+
+    averaged: frozenset[int]
+
+    def __call__(self, run: Run, state: RankState) -> RankState:
+        shard = np.array(state.shard)
+        for group in self.averaged:
+            names = [slot.name for slot in run.updates[group].slots]
+            shard[run.layout.group_slice(group)] = state.slots[group][names.index("average")]
+        return replace(state, shard=shard, slots=[], records=[])
 
 
 def check_resumable(manifest: Manifest, run: Run) -> None:
