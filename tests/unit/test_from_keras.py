@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tfspark.data.spec import Field, RowSpec
+from tfspark.errors import ProgramError
 from tfspark.graph.from_keras import program_from_keras
 from tfspark.graphdef.loader import load
 
@@ -299,3 +300,76 @@ def test_three_ranks_equal_one(make: Callable[[], tuple[Any, Any]]) -> None:
     other_losses, other_flat, _ = run(bound, batches, parts=3)
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     np.testing.assert_allclose(other_flat, flat, rtol=1e-5, atol=1e-6)
+
+
+def one_layer(layer: Any, loss: Any = "mse") -> Any:
+    model = keras.Sequential([layer])
+    model.compile(loss=loss)
+    return model
+
+
+class OwnStep(keras.Sequential):
+    def train_step(self, data: Any) -> Any:
+        return {}
+
+
+def masked() -> Any:
+    layers = keras.layers
+    model = keras.Sequential([layers.Masking(), layers.LSTM(1, return_sequences=True)])
+    model.compile(loss="mse")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: "model", "Keras 3 model is expected. Received: builtins.str"),
+        (lambda: OwnStep([keras.layers.Dense(1)]), "Received: OwnStep. Override compute_loss"),
+        (lambda: keras.Sequential([keras.layers.Dense(1)]), "needs a loss to train"),
+        (lambda: one_layer(keras.layers.Dense(1, trainable=False)), "depend on a trainable"),
+        (lambda: one_layer(keras.layers.Dense(1, dtype="float16")), r"kernel \(float16\)"),
+        (
+            lambda: one_layer(keras.layers.Dense(1), keras.losses.MeanSquaredError(reduction=None)),
+            "with reduction=None",
+        ),
+        (masked, "carries a mask"),
+    ],
+)
+def test_refuses(make: Any, message: str) -> None:
+    spec = RowSpec.of((Field("x", "float32", (5, 2)), Field("y", "float32", (5, 1))))
+    with pytest.raises(ProgramError, match=message):
+        program_from_keras(make(), spec)
+
+
+def test_names_and_kinds_of_the_state() -> None:
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            layers.Input((4,)),
+            layers.Dense(3, trainable=False, name="still"),
+            layers.BatchNormalization(name="norm"),
+            layers.Dropout(0.5, name="drop"),
+            Scale(name="scale"),
+            layers.Dense(1, name="last"),
+        ],
+        name="model",
+    )
+    spec = RowSpec.of((Field("x", "float32", (4,)), Field("y", "float32", (1,))))
+    bound = program_from_keras(
+        model, spec, loss="mse", group_of=lambda path: int(not path.startswith("model/last"))
+    )
+    kinds = {slot.name.split("/", 1)[-1]: slot.kind for slot in bound.program.state}
+    assert kinds == {
+        "still/kernel": "constant",
+        "still/bias": "constant",
+        "norm/moving_mean": "mean",
+        "norm/moving_variance": "mean",
+        "seed_generator_state": "seed",
+        "scale/calls": "first",
+    }
+    assert [(weight.name, weight.group) for weight in bound.program.weights] == [
+        ("model/last/kernel", 0), ("model/last/bias", 0), ("model/norm/gamma", 1), ("model/norm/beta", 1),
+        ("model/scale/factor", 1),
+    ]  # fmt: skip
+    assert not model.compiled
+    assert model._compile_loss is None

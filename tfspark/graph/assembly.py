@@ -170,7 +170,7 @@ def state_kind(name: str, dtype: str, shape: Sequence[int], written: bool) -> st
     """How ranks merge a tensor of the model state; see `StateSlot`."""
     if not written:
         return "constant"
-    if name.endswith("seed_generator_state") and dtype == "uint32" and tuple(shape) == (2,):
+    if "seed_generator_state" in name and "int" in dtype and tuple(shape) == (2,):
         return "seed"
     return "mean" if dtype.startswith(("float", "bfloat")) else "first"
 

@@ -41,9 +41,16 @@ def _truncated_normal(op: Any) -> Callable[..., Any]:
 
 
 def _parameterized_truncated_normal(op: Any) -> Callable[..., Any]:
-    return lambda shape, means, stddevs, low, high, seed: (
-        tf.random.stateless_parameterized_truncated_normal(shape, seed, means, stddevs, low, high)
-    )
+    def draw(shape: Any, means: Any, stddevs: Any, low: Any, high: Any, seed: Any) -> Any:
+        # The stateful operation has one parameter per row of its first dimension, or one in all.
+        per_row = tf.concat([[-1], tf.ones([tf.size(shape) - 1], tf.int32)], 0)
+        parameters = [
+            tf.broadcast_to(tf.reshape(parameter, per_row), shape)
+            for parameter in (means, stddevs, low, high)
+        ]
+        return tf.random.stateless_parameterized_truncated_normal(shape, seed, *parameters)
+
+    return draw
 
 
 def _multinomial(op: Any) -> Callable[..., Any]:
