@@ -1,0 +1,19 @@
+import pytest
+
+from tfspark.train.pacing import Pacing
+
+
+@pytest.mark.parametrize(
+    ("horizons", "seconds_per_step", "steps"),
+    [
+        ([100, 50], None, 1),  # nothing measured yet: one step
+        ([100, 50], 0.25, 8),  # two seconds
+        ([100, 3], 0.25, 3),  # a trigger may fire after three
+        ([100], 1e-6, 32),  # never more than one lineage should hold
+        ([100], 60.0, 1),  # never less than one
+        ([], 0.5, 4),
+        ([100], 0.0, 32),
+    ],
+)
+def test_steps(horizons, seconds_per_step, steps):
+    assert Pacing(target_s=2.0, most_steps=32).steps(horizons, seconds_per_step) == steps
