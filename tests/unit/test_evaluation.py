@@ -201,3 +201,52 @@ def test_metrics_of_a_function() -> None:
     errors = x.sum(1, keepdims=True) - y
     assert scores["loss"] == pytest.approx(np.mean(errors**2), rel=1e-5)
     assert scores["error"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-5)
+
+
+def test_metrics_of_rows_that_cannot_be_made_up() -> None:
+    weight = tf.Variable(1.0)
+    spec = RowSpec.of({"x": Field("x", "string", ())})
+
+    def loss_fn(rows: Any) -> Any:
+        return tf.reduce_mean(tf.reshape(tf.io.decode_raw(rows["x"], tf.float32), [-1]) * weight)
+
+    bound = program_from_function(loss_fn, [weight], spec)
+    evaluation, metrics = evaluation_from_function(loss_fn, bound, spec)
+    x = np.array([np.float32(i).tobytes() for i in range(ROWS)], object)
+    scores = results(evaluation, metrics, merged(evaluation, bound, [x], 3))
+    assert scores["loss"] == pytest.approx(5.0)
+
+
+V1_SCRIPT = """
+    import keras
+    import numpy as np
+    import tensorflow.compat.v1 as tf
+    tf.disable_v2_behavior()
+    from tfspark.graph.evaluation import evaluation_from_graph, results
+    from tfspark.graph.from_graph import program_from_loss
+    from tfspark.graphdef.loader import load
+
+    x = tf.placeholder(tf.float32, [None, 3])
+    y = tf.placeholder(tf.int32, [None])
+    logits = tf.matmul(x, tf.get_variable("kernel", [3, 4]))
+    loss = tf.losses.sparse_softmax_cross_entropy(y, logits)
+    session = tf.Session()
+    common = dict(session=session, inputs=[(x, 0), (y, 1)])
+    bound = program_from_loss(loss, **common)
+    metric = keras.metrics.SparseCategoricalAccuracy()
+    evaluation, metrics = evaluation_from_graph(
+        bound=bound, loss=loss, outputs=[logits], labels=[y], metrics={"right": metric}, **common
+    )
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=(9, 3)).astype("f"), rng.integers(0, 4, 9).astype("i")]
+    values = load(evaluation.graph)(bound.flat, *rows, *evaluation.initial)
+    scores = results(evaluation, metrics, [value.numpy() for value in values])
+    expected, best = session.run([loss, tf.argmax(logits, 1)], dict(zip([x, y], rows)))
+    np.testing.assert_allclose(scores["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(scores["right"], np.mean(best == rows[1]))
+    print("same")
+"""
+
+
+def test_a_script_without_v2_behavior(run_python: Any) -> None:
+    assert run_python(V1_SCRIPT).stdout.strip().endswith("same")

@@ -368,8 +368,8 @@ def test_names_and_kinds_of_the_state() -> None:
         "scale/calls": "first",
     }
     assert [(weight.name, weight.group) for weight in bound.program.weights] == [
-        ("model/last/kernel", 0), ("model/last/bias", 0), ("model/norm/gamma", 1), ("model/norm/beta", 1),
-        ("model/scale/factor", 1),
+        ("model/last/kernel", 0), ("model/last/bias", 0), ("model/norm/gamma", 1),
+        ("model/norm/beta", 1), ("model/scale/factor", 1),
     ]  # fmt: skip
     assert not model.compiled
     assert model._compile_loss is None

@@ -400,10 +400,7 @@ class _Walk:
         dtype = self.library.variables[handle.variable].dtype
         node.attr["T"].type = dtype.base_dtype.as_datatype_enum
         for tensor in op.outputs:
-            value = self.values[tensor.name]
-            if tensor.dtype in (tf.resource, inputs_dtype(op)):
-                assert isinstance(value, str)
-                self.values[tensor.name] = Handle(handle.variable, value)
+            self.values[tensor.name] = Handle(handle.variable, str(self.values[tensor.name]))
 
     def _read(self, op: Any, handle: Handle, inputs: Sequence[Value]) -> None:
         value = self.read(op, handle)
@@ -692,11 +689,6 @@ def called_functions(node: Any) -> list[str]:
 def full(tensor: str) -> str:
     """A tensor's name with its output index."""
     return tensor if ":" in tensor else f"{tensor}:0"
-
-
-def inputs_dtype(op: Any) -> Any:
-    """The dtype of the first input."""
-    return op.inputs[0].dtype
 
 
 def _raw(op: Any, name: str, attributes: str) -> Callable[..., Any]:
