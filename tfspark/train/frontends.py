@@ -19,6 +19,7 @@ from tfspark.graph.from_function import name_of as function_name_of
 from tfspark.graph.from_function import program_from_function
 from tfspark.graph.from_graph import name_of as graph_name_of
 from tfspark.graph.from_graph import program_from_loss
+from tfspark.graph.from_train_op import program_from_train_op
 from tfspark.graph.from_keras import build, check_model, program_from_keras
 from tfspark.graph.program import Evaluation
 from tfspark.train.metrics import metrics_from
@@ -165,6 +166,7 @@ class GraphFrontEnd:
         val_outputs, val_labels: tensors that metrics compare.
         metrics: Keras metrics of them, or tensors of the graph, by name.
         reduction: "mean" or "sum" over rows.
+        train_op: applies the gradients; None: they are those of the loss.
     """
 
     def __init__(
@@ -181,6 +183,7 @@ class GraphFrontEnd:
         val_labels: Any,
         metrics: Mapping[str, Any],
         reduction: str,
+        train_op: Any = None,
     ):
         self._loss = loss
         self._updates = updates
@@ -194,14 +197,36 @@ class GraphFrontEnd:
             tensors = inputs if inputs is not None else self.dataset.tensors
             self.session = session or tf.compat.v1.Session(graph=graph, config=session_config)
         self._inputs = _fed(self.dataset, tensors)
+        self._applied: tuple[BoundProgram, Any] | None = None
+        if train_op is not None:
+            self._applied = program_from_train_op(
+                train_op,
+                loss,
+                session=self.session,
+                inputs=self._inputs,
+                updates=updates,
+                tensor_with_value=tensor_with_value,
+                reduction=reduction,
+            )
+
+    def rule(self) -> Any:
+        """The optimizer of the training operation."""
+        assert self._applied is not None
+        return self._applied[1]
 
     def trainable(self) -> tuple[list[str], list[Any]]:
+        if self._applied is not None:
+            variables = self._applied[0].weight_variables
+            return [graph_name_of(variable) for variable in variables], list(variables)
         variables = self._loss.graph.get_collection(
             tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES
         )
         return [graph_name_of(variable) for variable in variables], list(variables)
 
     def program(self, group_of: Callable[[str], int]) -> BoundProgram:
+        if self._applied is not None:
+            self._bound, _ = self._applied  # it has one rule, so all weights are one group
+            return self._bound
         self._bound = program_from_loss(
             self._loss,
             session=self.session,

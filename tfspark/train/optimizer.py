@@ -251,6 +251,59 @@ class TFOptimizer:
         return cls(front_end, front_end.dataset, optim_method, chosen)
 
     @classmethod
+    def from_train_op(
+        cls,
+        train_op: Any,
+        loss: Any,
+        *,
+        inputs: Any = None,
+        labels: Any = None,
+        metrics: Any = None,
+        updates: Sequence[Any] | None = None,
+        sess: Any = None,
+        dataset: TFDataset | None = None,
+        tensor_with_value: Mapping[Any, Any] | None = None,
+        session_config: Any = None,
+        loss_reduction: str = "mean",
+        **settings: Any,
+    ) -> TFOptimizer:
+        """Trains a TensorFlow graph by its own training operation; `sess` then holds the weights.
+
+        The gradients are those that the operation applies; its rule runs on shards as the Keras
+        optimizer of the same formula.
+
+        Args:
+            train_op: what `tf.compat.v1.train.Optimizer.minimize` or `apply_gradients` returned.
+            loss: the scalar tensor.
+            inputs, labels: placeholders of your own for the fields of the data set; together they
+                have the structure of its rows `(inputs, labels)`.
+            metrics: a dict of name to scalar tensor of the graph.
+            updates, dataset, tensor_with_value, session_config, loss_reduction: as of `from_loss`.
+            sess: as `session` of `from_loss`.
+            **settings: see the class.
+
+        Raises:
+            UnsupportedRuleError: the operation's rule has no counterpart; use `from_loss`.
+        """
+        if labels is not None:
+            inputs = (inputs, labels)
+        front_end = GraphFrontEnd(
+            loss,
+            train_op=train_op,
+            session=sess,
+            session_config=session_config,
+            dataset=dataset,
+            inputs=inputs,
+            updates=updates,
+            tensor_with_value=tensor_with_value,
+            val_outputs=None,
+            val_labels=None,
+            metrics=graph_metrics(metrics, None),
+            reduction=loss_reduction,
+        )
+        return cls(front_end, front_end.dataset, front_end.rule(), Settings(**settings))
+
+    @classmethod
     def from_function(
         cls,
         loss_fn: Callable[[Any], Any],
