@@ -56,6 +56,11 @@ class RowBuffer:
             self._filled == self._capacity or self._string_bytes >= self._chunk_bytes
         )
 
+    @property
+    def pending(self) -> int:
+        """Rows that the next `drain` gives."""
+        return self._filled
+
     def add_row(self, row: Any) -> None:
         """Adds one row of the spec's structure.
 
@@ -274,6 +279,16 @@ def physical_schema(spec: RowSpec) -> pa.Schema:
         columns.append(pa.field(field.name, kind, nullable=False))
     described = [[field.name, field.dtype, field.shape] for field in spec.fields]
     return pa.schema(columns, {"tfspark": json.dumps({"version": 1, "fields": described})})
+
+
+def physical_spec(schema: pa.Schema, spec: RowSpec) -> RowSpec:
+    """The spec with the dimensions that a physical schema describes."""
+    described = json.loads(schema.metadata[b"tfspark"])["fields"]
+    fields = [
+        replace(field, shape=tuple(shape))
+        for field, (_, _, shape) in zip(spec.fields, described, strict=True)
+    ]
+    return RowSpec(tuple(fields), spec.treedef)
 
 
 def column_view(column: pa.Array, field: Field) -> np.ndarray:

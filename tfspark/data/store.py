@@ -136,10 +136,8 @@ class StoreWriter:
 
     def close(self) -> Handle:
         """Finishes the file and gives it its name."""
-        if self._buffer.rows > 0:
-            rest = self._buffer.drain()
-            if rest.num_rows:
-                self.append_batch(rest, self._buffer.spec)
+        if self._buffer.pending:
+            self.append_batch(self._buffer.drain(), self._buffer.spec)
         if self._writer is None:
             self._writer = pa.ipc.new_file(self._file, physical_schema(self._spec))
         self._writer.close()
