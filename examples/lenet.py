@@ -73,9 +73,7 @@ def main():
 
     is_training = tf.placeholder_with_default(False, [], "is_training")
     logits = lenet(images, is_training=is_training)
-    loss = tf.reduce_mean(
-        tf.losses.sparse_softmax_cross_entropy(logits=logits, labels=labels)
-    )
+    loss = tf.reduce_mean(tf.losses.sparse_softmax_cross_entropy(logits=logits, labels=labels))
 
     optimizer = TFOptimizer.from_loss(
         loss,

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import optree
 import pytest
-from models import MODELS
-from reference import global_batches, rank_batches
+from keras_models import MODELS
+from keras_reference import global_batches, rank_batches
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer
 from tfspark.data.order import BatchOrder
@@ -113,9 +113,7 @@ def test_trains_like_plain_keras(sc, engine, name):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_keras(sc, engine, optimizer):
     make = OPTIMIZERS[optimizer]
-    assert_close(
-        trained(sc, engine, "dense", make(), (13, 7)), reference("dense", make(), (13, 7))
-    )
+    assert_close(trained(sc, engine, "dense", make(), (13, 7)), reference("dense", make(), (13, 7)))
 
 
 @pytest.mark.parametrize(
@@ -125,9 +123,7 @@ def test_every_optimizer_is_keras(sc, engine, optimizer):
 )
 def test_any_partitions(sc, engine, sizes):
     sgd = keras.optimizers.SGD
-    assert_close(
-        trained(sc, engine, "dense", sgd(0.1), sizes), reference("dense", sgd(0.1), sizes)
-    )
+    assert_close(trained(sc, engine, "dense", sgd(0.1), sizes), reference("dense", sgd(0.1), sizes))
 
 
 def test_model_state_is_merged_by_rows(sc, engine):

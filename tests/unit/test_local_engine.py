@@ -74,8 +74,10 @@ class Problem:
         engine = LocalEngine(self.handles)
         commit = engine.start(self.run, FromValues(Here(self.flat)))
         result = engine.round(commit, RoundPlan(0, ((RATE,),) * steps, stop))
-        states = [] if result.commit is None else list(
-            engine.collect(result.commit, Trained(frozenset()))
+        states = (
+            []
+            if result.commit is None
+            else list(engine.collect(result.commit, Trained(frozenset())))
         )
         return result, states
 

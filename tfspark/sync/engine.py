@@ -289,9 +289,10 @@ def merge_accumulators(
     evaluation: Evaluation, parts: Sequence[Sequence[np.ndarray]]
 ) -> list[np.ndarray]:
     """Accumulators of several ranks as one: what each added to the initial value, summed."""
-    merged = [np.array(value, dtype=info.dtype) for info, value in zip(
-        evaluation.accumulators, evaluation.initial, strict=True
-    )]
+    merged = [
+        np.array(value, dtype=info.dtype)
+        for info, value in zip(evaluation.accumulators, evaluation.initial, strict=True)
+    ]
     for part in parts:
         for index, value in enumerate(part):
             merged[index] = merged[index] + (value - evaluation.initial[index])

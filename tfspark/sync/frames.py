@@ -41,20 +41,20 @@ class Message:
 
 def encode(message: Message) -> bytes:
     """The bytes of a message; one copy of each array."""
-    entries, chunks, offset = [], [], 0
+    entries: list[tuple[str, str, tuple[int, ...]]] = []
+    chunks: list[bytes | memoryview] = []
+    offset = 0
     for name, array in message.arrays.items():
         array = np.asarray(array, order="C")
         padding = -offset % _ALIGNMENT
         chunks.append(bytes(padding))
         # A zero-dimensional view has no buffer of its own kind for halfs: bytes of a flat view do.
         chunks.append(array.reshape(-1).view(np.uint8).data)
-        entries.append([name, array.dtype.name, array.shape])
+        entries.append((name, array.dtype.name, array.shape))
         offset += padding + array.nbytes
     header = json.dumps([message.kind, message.source, message.meta, entries]).encode()
     start = _HEADER.size + len(header)
-    return b"".join(
-        [_HEADER.pack(MAGIC, len(header)), header, bytes(-start % _ALIGNMENT), *chunks]
-    )
+    return b"".join([_HEADER.pack(MAGIC, len(header)), header, bytes(-start % _ALIGNMENT), *chunks])
 
 
 def decode(frame: bytes) -> Message:

@@ -104,7 +104,9 @@ class RankProgram:
             state=run.state_layout.assemble(run.state, vector, first),
         )
 
-    def contribute(self, rank: int, step: int, replica: Replica, reader: BatchReader) -> Contribution:
+    def contribute(
+        self, rank: int, step: int, replica: Replica, reader: BatchReader
+    ) -> Contribution:
         """The gradient of this rank's rows of step `step` (counted from 0)."""
         run = self.run
         _, step_in_epoch = run.order.locate(step)
@@ -229,7 +231,7 @@ class RankProgram:
         halt = state.halt or reduced.halt or self._overflow(state, reduced)
         if halt:
             return replace(state, halt=halt)
-        run, layout = self.run, self.run.layout
+        layout = self.run.layout
         started = time.perf_counter()
         shard, slots = np.empty_like(state.shard), []
         for group, update in enumerate(self._updates):

@@ -1,4 +1,4 @@
-"""The engine `shuffle`: short, stateless, non-blocking Spark stages; several steps chained in a job.
+"""The engine `shuffle`: short, stateless, non-blocking Spark stages; many steps chained in a job.
 
 ```
 commit ──scatter──► A ──exchange──► B ──exchange──► A … B ──► commit
@@ -371,7 +371,9 @@ class _LatestByRank(AccumulatorParam):
         return value1
 
 
-def _to_all(state: RankState, num_targets: int, *, slots: bool = True) -> Iterator[tuple[int, bytes]]:
+def _to_all(
+    state: RankState, num_targets: int, *, slots: bool = True
+) -> Iterator[tuple[int, bytes]]:
     """The shard to every rank; to the rank itself all that it owns."""
     shard = encode(shard_message(state))
     for target in range(num_targets):

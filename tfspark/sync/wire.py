@@ -80,7 +80,7 @@ def clean_shuffles(rdd: Frames) -> None:
 def commit_level(context: SparkContext) -> StorageLevel:
     """Where a commit is kept: on two executors where there are two."""
     # One entry of the status map is the driver, unless the driver is the executor (local mode).
-    others = context._jsc.sc().getExecutorMemoryStatus().size() - 1  # type: ignore[union-attr]
+    others = context._jsc.sc().getExecutorMemoryStatus().size() - 1
     return StorageLevel.MEMORY_AND_DISK_2 if others >= 2 else StorageLevel.MEMORY_AND_DISK
 
 
@@ -94,7 +94,6 @@ class _Bridge:
     partitioner: Any
     environment: Any
     includes: Any
-
 
     included: list[str]  # what is in `includes`, to see that addPyFile was called since
 
@@ -110,7 +109,7 @@ def _bridge(context: SparkContext) -> _Bridge:
         environment, includes = jvm.java.util.HashMap(), jvm.java.util.ArrayList()
         for name, value in context.environment.items():
             environment.put(name, value)
-        for path in context._python_includes:
+        for path in context._python_includes or ():
             includes.add(path)
         known = _bridges[context] = _Bridge(
             jvm.SimplePythonFunction,
@@ -119,7 +118,7 @@ def _bridge(context: SparkContext) -> _Bridge:
             jvm.PythonPartitioner,
             environment,
             includes,
-            list(context._python_includes),
+            list(context._python_includes or ()),
         )
     return known
 

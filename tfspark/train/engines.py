@@ -54,9 +54,7 @@ def choose_engine(requested: str, context: SparkContext | None) -> str:
     return requested
 
 
-def materialise(
-    name: str, dataset: TFDataset, num_ranks: int, context: SparkContext | None
-) -> Any:
+def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkContext | None) -> Any:
     """The data set as this engine reads it; has `handles` (by rank) and `rdd` where Spark is."""
     if name == "local":
         return dataset.materialise_local(num_ranks)

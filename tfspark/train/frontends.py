@@ -19,8 +19,8 @@ from tfspark.graph.from_function import name_of as function_name_of
 from tfspark.graph.from_function import program_from_function
 from tfspark.graph.from_graph import name_of as graph_name_of
 from tfspark.graph.from_graph import program_from_loss
-from tfspark.graph.from_train_op import program_from_train_op
 from tfspark.graph.from_keras import build, check_model, program_from_keras
+from tfspark.graph.from_train_op import program_from_train_op
 from tfspark.graph.program import Evaluation
 from tfspark.train.metrics import metrics_from
 
@@ -50,9 +50,7 @@ class KerasFrontEnd:
         loss, loss_weights, metrics: instead of the compiled ones.
     """
 
-    def __init__(
-        self, model: Any, dataset: TFDataset, loss: Any, loss_weights: Any, metrics: Any
-    ):
+    def __init__(self, model: Any, dataset: TFDataset, loss: Any, loss_weights: Any, metrics: Any):
         check_model(model)
         self._model = model
         self._spec = dataset.row_spec
@@ -218,9 +216,7 @@ class GraphFrontEnd:
         if self._applied is not None:
             variables = self._applied[0].weight_variables
             return [graph_name_of(variable) for variable in variables], list(variables)
-        variables = self._loss.graph.get_collection(
-            tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES
-        )
+        variables = self._loss.graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)
         return [graph_name_of(variable) for variable in variables], list(variables)
 
     def program(self, group_of: Callable[[str], int]) -> BoundProgram:

@@ -7,6 +7,7 @@ so whatever happens inside a round, what came before it is kept.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -162,7 +163,9 @@ class TrainingLoop:
             try:
                 return self.engine.round(self.commit, plan)
             except StoreLostError as error:
-                logger.warning("Rebuilding lost stores (%d of %d): %s", attempt + 1, MOST_REBUILDS, error)
+                logger.warning(
+                    "Rebuilding lost stores (%d of %d): %s", attempt + 1, MOST_REBUILDS, error
+                )
                 self.engine.rebuild()
         return self.engine.round(self.commit, plan)
 
@@ -195,7 +198,8 @@ class TrainingLoop:
         self.scores = self.validate(self.commit)
         score = next(iter(self.scores.values()))
         self.progress = replace(self.progress, score=score)
-        watched = {"loss": self.progress.loss, "score": score, **self.scores}
+        loss = math.nan if self.progress.loss is None else self.progress.loss
+        watched = {"loss": loss, "score": score, **self.scores}
         self.rates.observe(watched, self.progress.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         logger.info("Validation after step %d: %s", self.progress.step, shown)

@@ -35,7 +35,14 @@ from tfspark.train.groups import ParameterGroups, parameter_groups
 from tfspark.train.loop import TrainingLoop, progress_at
 from tfspark.train.manifest import Manifest, compare_tensors
 from tfspark.train.progress import planned_steps, progress_reporter
-from tfspark.train.saving import FromCheckpoint, FromValues, Here, Trained, check_resumable
+from tfspark.train.saving import (
+    FromCheckpoint,
+    FromValues,
+    Here,
+    Trained,
+    check_resumable,
+    newest_whole,
+)
 from tfspark.train.summary import TrainSummary, ValidationSummary
 from tfspark.train.triggers import EveryEpoch, MaxEpoch, Trigger, check_trigger
 
@@ -116,6 +123,7 @@ class TFOptimizer:
             )
         self._front_end = front_end
         self._dataset = dataset
+        self._batch_size: int = dataset.batch_size
         self._settings = settings
         names, variables = front_end.trainable()
         self._groups: ParameterGroups = parameter_groups(optim_method, names, variables)
@@ -427,7 +435,7 @@ class TFOptimizer:
         """
         store = CheckpointStore(path)
         if version is None:
-            manifest = _newest_whole(store)
+            manifest = newest_whole(store, SparkContext._active_spark_context)
             if manifest is None:
                 raise CheckpointError(
                     f"There must be a whole checkpoint to load. Received: none in {path!r}."
@@ -504,7 +512,7 @@ class TFOptimizer:
         manifest = self._checkpoint_to_resume()
         order = BatchOrder(
             tuple(handle.rows for handle in train_set.handles),
-            self._dataset.batch_size,
+            self._batch_size,
             self._dataset.seed,
             self._dataset.shuffle,
         )
@@ -559,13 +567,16 @@ class TFOptimizer:
         validation = self._dataset.validation
         if validation is not None:
             held = materialise(name, validation, num_ranks, context)
-            training.validate = self._validator(engine, name, held, validation)
+            training.validate = self._validator(engine, run, name, held, validation)
         return training
 
-    def _validator(self, engine: Engine, name: str, held: Any, validation: TFDataset) -> Any:
+    def _validator(
+        self, engine: Engine, run: Run, name: str, held: Any, validation: TFDataset
+    ) -> Any:
+        assert self._evaluation is not None
         evaluation, metrics = self._evaluation
         handles = held.handles if name == "local" else held.rdd
-        batch_rows = validation.batch_per_thread or max(1, self._dataset.batch_size // 2)
+        batch_rows = validation.batch_per_thread or max(1, self._batch_size // run.num_ranks)
 
         def validate(commit: Any) -> dict[str, float]:
             accumulators = engine.evaluate(
@@ -578,7 +589,8 @@ class TFOptimizer:
     def _checkpoint_to_resume(self) -> Manifest | None:
         """The checkpoint that was asked for, or the newest whole one of `model_dir`."""
         if self._resume_from is None and self._store is not None:
-            self._resume_from, self._resume_store = _newest_whole(self._store), self._store
+            context = SparkContext._active_spark_context
+            self._resume_from, self._resume_store = newest_whole(self._store, context), self._store
             if self._resume_from is not None:
                 self._check_same_model(self._resume_from)
         return self._resume_from
@@ -608,16 +620,10 @@ class TFOptimizer:
             self._bring_home(training)
         except (TFSparkError, Py4JError) as error:
             logger.warning(
-                "The weights of step %d could not be brought home: %s", training.progress.step, error
+                "The weights of step %d could not be brought home: %s",
+                training.progress.step,
+                error,
             )
-
-
-def _newest_whole(store: CheckpointStore) -> Manifest | None:
-    """The newest whole checkpoint; says which newer ones were passed over."""
-    found = store.latest_whole()
-    for step, reason in found.skipped:
-        logger.warning("The checkpoint of step %d is not whole and is passed over: %s", step, reason)
-    return found.manifest
 
 
 def _warn_of_changed_order(manifest: Manifest, order: BatchOrder) -> None:

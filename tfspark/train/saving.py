@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+from pyspark import SparkContext
 
 import tfspark
 from tfspark.errors import CheckpointError
@@ -24,6 +27,8 @@ from tfspark.train.manifest import (
     weights_key,
 )
 from tfspark.train.triggers import Progress
+
+logger = logging.getLogger("tfspark")
 
 
 def save(
@@ -52,6 +57,27 @@ def save(
     attempt = store.begin(progress.step)
     shards = engine.map_states(commit, _WriteShard(store, attempt, tuple(merged), tuple(first)))
     return store.commit(attempt, _manifest(run, progress, training, metrics), shards)
+
+
+def newest_whole(store: CheckpointStore, context: SparkContext | None) -> Manifest | None:
+    """The newest whole checkpoint, or None; says which newer ones were passed over.
+
+    Every shard is read once to check it: by Spark tasks, where there is a SparkContext.
+    """
+
+    def problems(manifest: Manifest) -> Iterable[str]:
+        if context is None:
+            return store.problems(manifest)
+        ranks = context.parallelize(range(manifest.num_ranks), manifest.num_ranks)
+        found = ranks.map(partial(store.shard_problem, manifest)).collect()
+        return [problem for problem in found if problem]
+
+    found = store.latest_whole(problems)
+    for step, reason in found.skipped:
+        logger.warning(
+            "The checkpoint of step %d is not whole and is passed over: %s", step, reason
+        )
+    return found.manifest
 
 
 @dataclass(frozen=True)
@@ -118,9 +144,7 @@ class FromCheckpoint:
             for slot, values in zip(
                 run.updates[weight.group].slots, state.slots[weight.group], strict=True
             ):
-                read = self.store.read_slot_range(
-                    self.manifest, entry.group, slot.name, begin, end
-                )
+                read = self.store.read_slot_range(self.manifest, entry.group, slot.name, begin, end)
                 if slot.kind == "vector":
                     values[segment.start - base : segment.stop - base] = read
         for group in range(run.layout.num_groups):

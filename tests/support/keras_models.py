@@ -35,7 +35,8 @@ def convolution():
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            keras.layers.Conv2D(4, 3),
+            # No bias: BatchNorm takes it out, its gradient is noise, which Adam would amplify.
+            keras.layers.Conv2D(4, 3, use_bias=False),
             keras.layers.BatchNormalization(),
             keras.layers.ReLU(),
             keras.layers.GlobalAveragePooling2D(),
