@@ -1,5 +1,7 @@
 """RDDs into stores: every row once, in a fixed order, and errors that reach the driver."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,7 +16,7 @@ from tfspark.errors import DataError, StoreLostError, UserFunctionError
 def rows_rdd(sc, counts):
     """An RDD with these numbers of rows in its partitions; row = ([i, i], i)."""
     starts = np.cumsum([0, *counts])
-    ranges = [range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    ranges = [range(a, b) for a, b in pairwise(starts)]
     rdd = sc.parallelize(range(len(counts)), len(counts)).flatMap(lambda p: ranges[p])
     return rdd.map(lambda i: (np.full(2, i, np.float32), i))
 
@@ -113,7 +115,7 @@ class TestBadInput:
         empty = sc.parallelize([], 2)
         with pytest.raises(DataError, match=r"at least one row\. Received: an empty RDD"):
             TFDataset.from_rdd(empty, batch_size=2)
-        with pytest.raises(DataError, match="at least one row.*none in 2 partitions"):
+        with pytest.raises(DataError, match=r"at least one row.*none in 2 partitions"):
             dataset_of_rows(empty).materialise(sc, 2)
         with pytest.raises(DataError, match="at least one row"):
             dataset_of_rows(empty).materialise_local(2)
@@ -138,7 +140,7 @@ class TestBadInput:
     @pytest.mark.parametrize("num_ranks", [1, 2, 3])
     def test_a_user_function_that_raises(self, sc, num_ranks):
         rdd = rows_rdd(sc, (2, 5)).map(lambda row: 1 // (row[1] - 5) and row)
-        with pytest.raises(UserFunctionError, match="(?s)ZeroDivisionError") as caught:
+        with pytest.raises(UserFunctionError, match=r"(?s)ZeroDivisionError") as caught:
             dataset_of_rows(rdd).materialise(sc, num_ranks)
         assert (caught.value.partition, caught.value.row) == (1, 3)
         assert "test_dataset_rdd.py" in str(caught.value)
@@ -147,7 +149,7 @@ class TestBadInput:
     def test_a_user_function_in_another_stage(self, sc):
         rdd = rows_rdd(sc, (2, 5)).map(lambda row: (1 // (row[1] - 5), row))
         shuffled = rdd.partitionBy(2, int).values()
-        with pytest.raises(UserFunctionError, match="(?s)ZeroDivisionError"):
+        with pytest.raises(UserFunctionError, match=r"(?s)ZeroDivisionError"):
             dataset_of_rows(shuffled).materialise(sc, 2)
 
     def test_first_rows_of_different_shapes(self, sc):
@@ -177,5 +179,5 @@ class TestBadInput:
         assert caught.value.rank == 1 and caught.value.phase == "gradient"
 
     def test_what_spark_itself_says_stays(self, sc):
-        with pytest.raises(Exception, match="(?i)input path does not exist"), driver_errors():
+        with pytest.raises(Exception, match=r"(?i)input path does not exist"), driver_errors():
             sc.textFile("/no/such/file").collect()

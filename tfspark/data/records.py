@@ -290,4 +290,6 @@ _SEED_INPUTS = {
 
 def _is_zero(node: Any) -> bool:
     tensor = node.attr["value"].tensor
-    return not tensor.tensor_shape.dim and tf.make_ndarray(tensor) == 0
+    if tensor.dtype != tf.int64.as_datatype_enum or tensor.tensor_shape.dim:
+        return False
+    return tf.make_ndarray(tensor) == 0
