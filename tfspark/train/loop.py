@@ -7,7 +7,6 @@ so whatever happens inside a round, what came before it is kept.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -70,6 +69,12 @@ def progress_at(
     )
 
 
+def score_of(scores: Mapping[str, float]) -> float | None:
+    """*The* score of a validation: its first metric, or its loss where there is no metric."""
+    others = [value for name, value in scores.items() if name != "loss"]
+    return next(iter([*others, *scores.values()]), None)
+
+
 @dataclass
 class TrainingLoop:
     """Runs rounds of an engine from a commit until a trigger fires.
@@ -79,8 +84,7 @@ class TrainingLoop:
         rates: learning rates by step.
         commit: the newest good commit.
         progress: after `commit`.
-        validate: gives the scores of a commit by metric name, the first of which is *the* score;
-            None without validation.
+        validate: gives the scores of a commit by metric name; None without validation.
         store, retention: where checkpoints go, and which stay; None: nowhere.
         train_summary, validation_summary: what is written for TensorBoard.
         reporter: the progress bar.
@@ -196,11 +200,10 @@ class TrainingLoop:
     def _validate(self) -> None:
         assert self.validate is not None
         self.scores = self.validate(self.commit)
-        score = next(iter(self.scores.values()))
+        score = score_of(self.scores)
         self.progress = replace(self.progress, score=score)
-        loss = math.nan if self.progress.loss is None else self.progress.loss
-        watched = {"loss": loss, "score": score, **self.scores}
-        self.rates.observe(watched, self.progress.step)
+        if score is not None:
+            self.rates.observe({"score": score, **self.scores}, self.progress.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
         logger.info("Validation after step %d: %s", self.progress.step, shown)
         if self.validation_summary is not None:

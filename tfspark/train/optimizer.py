@@ -32,7 +32,7 @@ from tfspark.train.frontends import (
     graph_metrics,
 )
 from tfspark.train.groups import ParameterGroups, parameter_groups
-from tfspark.train.loop import TrainingLoop, progress_at
+from tfspark.train.loop import TrainingLoop, progress_at, score_of
 from tfspark.train.manifest import Manifest, compare_tensors
 from tfspark.train.progress import planned_steps, progress_reporter
 from tfspark.train.saving import (
@@ -552,17 +552,17 @@ class TFOptimizer:
             assert context is not None
             make_state = FromValues(context.broadcast(self._bound.flat))
         step = manifest.step if manifest is not None else 0
-        score = next(iter(manifest.metrics.values()), None) if manifest is not None else None
+        scores = dict(manifest.metrics) if manifest is not None else {}
         training = TrainingLoop(
             engine=engine,
             run=run,
             rates=self._groups,
             commit=engine.start(run, make_state),
-            progress=progress_at(run.order, step, score=score),
+            progress=progress_at(run.order, step, score=score_of(scores)),
             reporter=progress_reporter(False, None),
             store=self._store,
             retention=self._settings.retention,
-            scores=dict(manifest.metrics) if manifest is not None else {},
+            scores=scores,
         )
         validation = self._dataset.validation
         if validation is not None:
