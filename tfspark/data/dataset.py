@@ -46,7 +46,7 @@ class Materialised:
         return tuple(handle.rows for handle in self.handles)
 
     def release(self) -> None:
-        """Forgets the handles. The files go with their executor's or this process' folder."""
+        """Frees the handles. The files go with their executor's, or this process', folder."""
         if self.rdd is not None:
             self.rdd.unpersist()
 
@@ -507,6 +507,7 @@ class TFDataset:
                 tensors have no fixed shape.
 
         Example:
+            >>> import tensorflow as tf
             >>> dataset = TFDataset.from_ndarrays(np.zeros((8, 2), np.uint8), batch_size=4)
             >>> scaled = dataset.map(lambda pixels: tf.cast(pixels, tf.float32) / 255)
             >>> scaled.row_spec.fields[0].dtype
