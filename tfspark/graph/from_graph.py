@@ -291,6 +291,10 @@ def reference(variable: Any) -> Any:
 
 
 def _has_value(session: Any, variable: Any) -> bool:
+    # A resource variable brings an operation to ask; reading one in vain logs a warning.
+    asking = [op for op in reference(variable).consumers() if op.type == "VarIsInitializedOp"]
+    if asking:
+        return bool(session.run(asking[0].outputs[0]))
     try:
         session.run(variable)
     except tf.errors.FailedPreconditionError:
