@@ -113,14 +113,19 @@ def plot_loss(optimizer, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    losses = np.array(optimizer.train_summary.read_scalar("Loss"))
-    scores = np.array(optimizer.val_summary.read_scalar("accuracy"))
+    losses = optimizer.train_summary.read_scalar("Loss")  # [values, (step, value, time)]
+    scores = optimizer.val_summary.read_scalar("accuracy")
+    # The folder keeps the curves of former runs; this one's are the last.
+    losses = losses[-optimizer.step :]
+    scores = scores[scores[:, 2] >= losses[0, 2]]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(losses[:, 0], losses[:, 1], color="tab:blue", linewidth=1)
     axes.set(xlabel="step", ylabel="training loss", yscale="log", title="LeNet on digits")
+    axes.yaxis.label.set_color("tab:blue")
     right = axes.twinx()
     right.plot(scores[:, 0], scores[:, 1], color="tab:orange", marker="o")
     right.set(ylabel="validation accuracy")
+    right.yaxis.label.set_color("tab:orange")
     figure.savefig(path, dpi=150)
 
 

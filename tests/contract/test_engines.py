@@ -1,9 +1,12 @@
 """What every engine must do: train like plain Keras, on any partitions, the same every time."""
 
+import functools
+
 import keras
 import numpy as np
 import optree
 import pytest
+import tensorflow as tf
 from keras_models import MODELS
 from keras_reference import global_batches, rank_batches
 
@@ -86,8 +89,25 @@ def reference(name, optimizer, sizes, steps=STEPS):
     model = compiled(name, optimizer)
     for batch in global_batches(order, [optree.tree_leaves(part) for part in parts], steps):
         x, y = optree.tree_unflatten(treedef, batch)
-        model.train_on_batch(_listed(x), _listed(y))
+        train_on_batch(model, _listed(x), _listed(y))
     return model.get_weights()
+
+
+def train_on_batch(model, x, y):
+    """`model.train_on_batch`, with the gradient of an embedding as the array that it is.
+
+    On TensorFlow, Keras 3 gives optimizers the rows of such a gradient as they come, one per
+    occurrence of an index, and Adam's square of them is then a sum of squares instead of the square
+    of the sum. On its other backends, and here, it is the gradient's.
+    """
+    if not any(isinstance(layer, keras.layers.Embedding) for layer in model.layers):
+        model.train_on_batch(x, y)
+        return
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
+    model.optimizer.apply(dense, model.trainable_variables)
 
 
 def _listed(value):
@@ -126,6 +146,16 @@ def test_any_partitions(sc, engine, sizes):
     assert_close(trained(sc, engine, "dense", sgd(0.1), sizes), reference("dense", sgd(0.1), sizes))
 
 
+def test_an_embedding_with_a_linear_rule_is_plain_keras(sc, engine):
+    sizes, parts = (13, 7), partitions("embedding", (13, 7))
+    make = functools.partial(keras.optimizers.SGD, 0.1, momentum=0.9)
+    model = compiled("embedding", make())
+    order = BatchOrder(sizes, BATCH, SEED, shuffle=True)
+    for x, y in global_batches(order, parts, STEPS):
+        model.train_on_batch(x, y)
+    assert_close(trained(sc, engine, "embedding", make(), sizes), model.get_weights())
+
+
 def test_model_state_is_merged_by_rows(sc, engine):
     """BatchNorm on two ranks: each rank's statistics, averaged by rows, written out by hand."""
     sizes = (13, 7)
@@ -133,8 +163,6 @@ def test_model_state_is_merged_by_rows(sc, engine):
     weights = trained(sc, engine, "convolution", keras.optimizers.SGD(0.1), sizes)
 
     model = compiled("convolution", keras.optimizers.SGD(0.1))
-    import tensorflow as tf
-
     order = BatchOrder(sizes, BATCH, SEED, shuffle=True)
     for batch in rank_batches(order, parts, STEPS):
         rows = [len(y) for _, y in batch]

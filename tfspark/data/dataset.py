@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,9 +48,15 @@ class Materialised:
         return tuple(handle.rows for handle in self.handles)
 
     def release(self) -> None:
-        """Frees the handles. The files go with their executor's, or this process', folder."""
+        """Frees the handles, and removes the stores that lie on this machine.
+
+        Those on other machines go with their executor's folder.
+        """
         if self.rdd is not None:
             self.rdd.unpersist()
+        for handle in self.handles:
+            if handle.host == socket.gethostname():
+                Path(handle.path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

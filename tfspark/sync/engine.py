@@ -44,6 +44,8 @@ class Run:
         accumulation_steps: a rank computes its rows of a batch in so many parts, one after the
             other, and sums their gradients before the exchange.
         task_threads: TensorFlow threads of one task.
+        digests: of every rank's rows, as they were first materialised; a store that was rebuilt
+            with other rows would change the training. Empty: not checked.
     """
 
     run_id: str
@@ -58,6 +60,7 @@ class Run:
     clip_norm: float | None = None
     accumulation_steps: int = 1
     task_threads: int = 1
+    digests: tuple[str, ...] = ()
 
     @cached_property
     def layout(self) -> Layout:

@@ -34,6 +34,7 @@ from pyspark.rdd import RDD
 from tfspark.data.batches import BatchReader, evaluation_batches
 from tfspark.data.failures import driver_errors, reporting
 from tfspark.data.store import Handle
+from tfspark.errors import TrainingError
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.loader import configure_threads
 from tfspark.graphdef.pure import PureGraph
@@ -429,6 +430,12 @@ _READERS: dict[tuple[str, Handle], BatchReader] = {}
 def _reader(run: Run, handle: Handle) -> BatchReader:
     key = (run.run_id, handle)
     if key not in _READERS:
+        if run.digests and handle.digest != run.digests[handle.rank]:
+            raise TrainingError(
+                "A data set must give the same rows in the same order each time it is computed. "
+                "Received: other rows, when a lost store was rebuilt. Persist or checkpoint the "
+                "RDD or DataFrame that it is made of, or sort it."
+            )
         while len(_READERS) >= 8:
             _READERS.pop(next(iter(_READERS)))
         _READERS[key] = BatchReader(handle, run.order, run.mapping)

@@ -461,6 +461,11 @@ class TFOptimizer:
         return dict(self._training.scores) if self._training else {}
 
     @property
+    def batch_size(self) -> int:
+        """Rows of a global batch."""
+        return self._batch_size
+
+    @property
     def step(self) -> int:
         """Finished steps."""
         return self._training.progress.step if self._training else 0
@@ -534,6 +539,7 @@ class TFOptimizer:
             clip_norm=self._settings.clip_norm,
             accumulation_steps=self._settings.accumulation_steps,
             task_threads=threads,
+            digests=tuple(handle.digest for handle in train_set.handles),
         )
 
     def _make_training(
