@@ -588,7 +588,7 @@ class TFDataset:
         """
         with driver_errors():
             rdd = write_stores(self._source.chunks(sc, num_ranks), self.spec, self._id)
-            rdd.persist(StorageLevel.MEMORY_ONLY)
+            rdd.persist(StorageLevel.MEMORY_AND_DISK)  # of one executor, like the stores
             handles = tuple(rdd.collect())
         result = Materialised(handles, rdd)
         try:

@@ -158,7 +158,7 @@ class ShuffleEngine(Engine):
         assert self._run is not None and self._handles is not None, "start() comes first"
         for rdd in (self._handles, self._source):
             rdd.unpersist(blocking=True)
-        self._source.persist(StorageLevel.MEMORY_ONLY)
+        self._source.persist(StorageLevel.MEMORY_AND_DISK)
         self._handles = _handle_frames(self._source, self._run.value.num_ranks)
 
     def close(self) -> None:
@@ -184,8 +184,9 @@ def _handle_frames(handles: RDD, copies: int, *, persist: bool = True) -> RDD:
     """One frame per rank that will send to the partition, so that the two sides zip."""
     frames = wire.frames(handles, _HandleFrames(copies))
     if persist:
-        # One replica, in memory: a handle must be lost together with its executor's store.
-        frames.persist(StorageLevel.MEMORY_ONLY)
+        # One replica, on one executor: a handle must be lost together with the executor's store.
+        # Not in memory alone: a handle that is evicted there would write its store anew.
+        frames.persist(StorageLevel.MEMORY_AND_DISK)
     return frames
 
 
