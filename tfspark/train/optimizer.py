@@ -508,9 +508,12 @@ class TFOptimizer:
             train_set = materialise(name, self._dataset, num_ranks, context)
             run = self._make_run(train_set, num_ranks, task_threads(context) if context else 1)
             engine = make_engine(name, train_set, context)
-            self._finalizer = weakref.finalize(self, _close, engine, train_set)
+            sets = [train_set]
+            if self._dataset.validation is not None:
+                sets.append(materialise(name, self._dataset.validation, num_ranks, context))
+            self._finalizer = weakref.finalize(self, _close, engine, sets)
             self._finalizer.atexit = False
-            self._training = self._make_training(engine, run, name, num_ranks, context)
+            self._training = self._make_training(engine, run, name, sets, context)
         return self._training
 
     def _make_run(self, train_set: Any, num_ranks: int, threads: int) -> Run:
@@ -543,7 +546,7 @@ class TFOptimizer:
         )
 
     def _make_training(
-        self, engine: Engine, run: Run, name: str, num_ranks: int, context: SparkContext | None
+        self, engine: Engine, run: Run, name: str, sets: list[Any], context: SparkContext | None
     ) -> TrainingLoop:
         self._groups.bind(run.order.steps_per_epoch)
         manifest = self._resume_from
@@ -570,10 +573,10 @@ class TFOptimizer:
             retention=self._settings.retention,
             scores=scores,
         )
-        validation = self._dataset.validation
-        if validation is not None:
-            held = materialise(name, validation, num_ranks, context)
-            training.validate = self._validator(engine, run, name, held, validation)
+        if self._dataset.validation is not None:
+            training.validate = self._validator(
+                engine, run, name, sets[1], self._dataset.validation
+            )
         return training
 
     def _validator(
@@ -658,6 +661,7 @@ def _checked(value: Any, expected: type) -> Any:
     return value
 
 
-def _close(engine: Engine, train_set: Any) -> None:
+def _close(engine: Engine, sets: Sequence[Any]) -> None:
     engine.close()
-    train_set.release()
+    for materialised in sets:
+        materialised.release()
