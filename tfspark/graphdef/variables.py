@@ -67,6 +67,7 @@ def trace(
         ProgramError: an operation is neither pure nor a variable's; names it and the remedy.
 
     Example:
+        >>> from tfspark.graphdef.loader import load
         >>> count = tf.Variable(3.0)
         >>> pure = trace(lambda x: x * count.assign_add(1.0), [tf.TensorSpec([])], [count]).graph
         >>> [float(y) for y in load(pure)(np.float32(2.0), np.float32(3.0))]
