@@ -17,8 +17,8 @@ from tfspark.graph.evaluation import (
 )
 from tfspark.graph.from_function import name_of as function_name_of
 from tfspark.graph.from_function import program_from_function
+from tfspark.graph.from_graph import ancestors, program_from_loss
 from tfspark.graph.from_graph import name_of as graph_name_of
-from tfspark.graph.from_graph import program_from_loss
 from tfspark.graph.from_keras import build, check_model, program_from_keras
 from tfspark.graph.from_train_op import program_from_train_op
 from tfspark.graph.program import Evaluation
@@ -277,7 +277,11 @@ def _graph_of(loss: Any) -> Any:
 
 def _dataset_behind(loss: Any) -> TFDataset:
     """The data set whose placeholders the loss depends on."""
-    found = [dataset_of(tensor) for tensor in _placeholders_behind(loss)]
+    found = [
+        dataset_of(op.outputs[0])
+        for op in ancestors([loss.op]).values()
+        if op.type == "Placeholder"
+    ]
     datasets = list({id(entry[0]): entry[0] for entry in found if entry is not None}.values())
     if len(datasets) != 1:
         raise ProgramError(
@@ -286,16 +290,6 @@ def _dataset_behind(loss: Any) -> TFDataset:
             "dataset.tensors, or pass dataset= and inputs=."
         )
     return datasets[0]
-
-
-def _placeholders_behind(loss: Any) -> list[Any]:
-    seen, pending = set(), [loss.op]
-    while pending:
-        op = pending.pop()
-        if op not in seen:
-            seen.add(op)
-            pending += [tensor.op for tensor in op.inputs] + list(op.control_inputs)
-    return [op.outputs[0] for op in seen if op.type == "Placeholder"]
 
 
 def _fed(dataset: TFDataset, tensors: Any) -> list[tuple[Any, int]]:
