@@ -37,7 +37,7 @@ def sc() -> Iterator[SparkContext]:
     context.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs source code in a Python process of its own.
 

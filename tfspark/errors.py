@@ -10,7 +10,8 @@ TFSparkError                      catch this to catch them all
 ├── TrainingError                 while steps run                              (also RuntimeError)
 │   ├── NonFiniteError            NaN or infinity in a loss or a gradient
 │   ├── UserFunctionError         the user's own function raised on an executor
-│   └── StoreLostError            a partition's store is not on this host any more
+│   ├── StoreLostError            a partition's store is not on this host any more
+│   └── WorkerLostError           a Python worker died while it ran a task
 └── CheckpointError               reading or writing a checkpoint              (also RuntimeError)
 ```
 
@@ -94,6 +95,10 @@ class UserFunctionError(TrainingError):
 
 class StoreLostError(TrainingError):
     """A partition's store is not on this host; the engine rebuilds it from lineage."""
+
+
+class WorkerLostError(TrainingError):
+    """A Python worker died while it ran a task; the task may run again."""
 
 
 class CheckpointError(TFSparkError, RuntimeError):

@@ -1,6 +1,7 @@
 """Errors through the text that Spark hands to the driver."""
 
 import pytest
+from py4j.protocol import Py4JError
 
 from tfspark.data.failures import (
     TaskFailure,
@@ -67,3 +68,22 @@ def test_user_rows_name_partition_and_row():
 def test_errors_of_the_driver_pass():
     with pytest.raises(ZeroDivisionError), driver_errors():
         _ = 1 / 0
+
+
+class JavaError(Py4JError):
+    """What py4j raises when a job failed: a Java text."""
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Python worker exited unexpectedly (crashed): null", "memoryOverhead"),
+        ("Checkpoint block rdd_3_0 not found!", "model_dir"),
+        ("Job 7 cancelled because SparkContext was shut down", "Job 7 cancelled"),
+    ],
+)
+def test_a_failed_job_is_one_error_without_java(said, meant):
+    text = f"An error: org.apache.spark.SparkException: {said}\n\tat org.apache.spark.X(Y.scala:1)"
+    with pytest.raises(TrainingError, match=meant) as caught, driver_errors():
+        raise JavaError(text)
+    assert "\tat " not in str(caught.value)

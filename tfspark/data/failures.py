@@ -20,7 +20,7 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 
 import tfspark.errors
-from tfspark.errors import TFSparkError, TrainingError, UserFunctionError
+from tfspark.errors import TFSparkError, TrainingError, UserFunctionError, WorkerLostError
 
 _MARK = "tfspark-error:"
 _ENCODED = re.compile(_MARK + r"([A-Za-z0-9+/=]+);")
@@ -69,8 +69,9 @@ def raise_from_spark(error: Exception) -> NoReturn:
 
     Raises:
         TFSparkError: the one that the task raised inside `reporting`, or a `UserFunctionError`
-            with the traceback of any other Python task.
-        Exception: `error` itself, if no Python task caused it.
+            with the traceback of any other Python task; or a `TrainingError`, in particular a
+            `WorkerLostError`, if the cluster failed a job.
+        Exception: `error` itself, if it is no failed job.
     """
     text = str(error)
     if isinstance(error, Py4JJavaError):
@@ -84,7 +85,28 @@ def raise_from_spark(error: Exception) -> NoReturn:
         raise UserFunctionError(
             f"A function that Spark runs to compute the rows raised an error.\n{own}"
         ) from error
+    if "SparkException" in text:
+        raise _cluster_failure(text) from error
     raise error
+
+
+def _cluster_failure(text: str) -> TrainingError:
+    """What it means, if it was no Python code, that Spark gave a job up."""
+    if "Python worker exited unexpectedly" in text:
+        return WorkerLostError(
+            "A Python worker must live as long as its task. Received: one that was killed, and "
+            "Spark has used up its attempts. Most often memory ran out: give executors more "
+            "(spark.executor.memoryOverhead), or take fewer rows at a time (a smaller batch_size, "
+            "or accumulation_steps)."
+        )
+    if "Checkpoint block" in text:
+        return TrainingError(
+            "A commit needs one of its copies. Received: none, they were lost with the executors "
+            "that held them. Train with model_dir=…, and the next optimize() after close() goes "
+            "on from the newest checkpoint there."
+        )
+    said = text[text.find("SparkException") :].split("\n\tat ")[0]
+    return TrainingError(f"Spark could not finish a job. Received: {said.strip()}")
 
 
 def encoded(error: TFSparkError) -> str:

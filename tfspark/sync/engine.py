@@ -260,6 +260,9 @@ class Engine(ABC):
             handles: the materialised data set.
             mapping: the data set's map over batches, or None.
             batch_rows: rows of one call.
+
+        Raises:
+            StoreLostError: of one of `handles`; the next call rebuilds it.
         """
 
     @abstractmethod

@@ -34,7 +34,7 @@ from pyspark.rdd import RDD
 from tfspark.data.batches import BatchReader, evaluation_batches
 from tfspark.data.failures import driver_errors, reporting
 from tfspark.data.store import Handle
-from tfspark.errors import TrainingError
+from tfspark.errors import StoreLostError, TrainingError
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.loader import configure_threads
 from tfspark.graphdef.pure import PureGraph
@@ -46,6 +46,7 @@ from tfspark.sync.engine import (
     RoundPlan,
     RoundResult,
     Run,
+    StepRecord,
     merge_accumulators,
     merge_outcomes,
 )
@@ -78,6 +79,8 @@ class ShuffleEngine(Engine):
         self._run: Broadcast | None = None
         self._handles: RDD | None = None
         self._commit: RDD | None = None
+        # One for all rounds: PySpark never forgets an accumulator.
+        self._news = context.accumulator({}, _LatestByRank())
 
     def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> RDD:
         self._run = self._context.broadcast(run)
@@ -90,7 +93,7 @@ class ShuffleEngine(Engine):
         started = time.perf_counter()
         assert self._run is not None and self._handles is not None, "start() comes first"
         run = self._run.value
-        news = self._context.accumulator({}, _LatestByRank())
+        self._news.value = {}
         received = wire.exchange(commit, _Scatter(run.num_ranks), run.num_ranks)
         for index, rates in enumerate(plan.learning_rates):
             step = plan.first_step + index
@@ -102,11 +105,13 @@ class ShuffleEngine(Engine):
             if index + 1 < plan.num_steps:
                 received = wire.exchange(gradients, _Thenscatter(update), run.num_ranks)
             else:
-                final = wire.frames(gradients, _Thencommit(update, news))
-        with driver_errors():
-            result = self._persisted(final)
-        wire.clean_shuffles(gradients)
-        outcome = merge_outcomes([news.value[rank] for rank in range(run.num_ranks)])
+                final = wire.frames(gradients, _Thencommit(update, self._news))
+        try:
+            with driver_errors():
+                result = self._persisted(final)
+        finally:
+            wire.clean_shuffles(gradients)
+        outcome = merge_outcomes(self._told(result))
         if outcome.consistent:
             wire.release(commit)
             self._commit = result
@@ -148,17 +153,21 @@ class ShuffleEngine(Engine):
         shared = self._context.broadcast((evaluation, mapping))
         received = wire.exchange(commit, _Scatter(partitions, slots=False), partitions)
         pairs = wire.zip_frames(_handle_frames(handles, num_ranks, persist=False), received)
-        with driver_errors():
-            parts = pairs.mapPartitions(_Evaluate(self._run, shared, batch_rows)).collect()
-        wire.clean_shuffles(received)
-        shared.destroy()
+        try:
+            with driver_errors():
+                parts = pairs.mapPartitions(_Evaluate(self._run, shared, batch_rows)).collect()
+        except StoreLostError:
+            _forget(handles)
+            raise
+        finally:
+            wire.clean_shuffles(received)
+            shared.destroy()
         return merge_accumulators(evaluation, [pickle.loads(part) for part in parts])
 
     def rebuild(self) -> None:
         assert self._run is not None and self._handles is not None, "start() comes first"
-        for rdd in (self._handles, self._source):
-            rdd.unpersist(blocking=True)
-        self._source.persist(StorageLevel.MEMORY_AND_DISK)
+        self._handles.unpersist(blocking=True)
+        _forget(self._source)
         self._handles = _handle_frames(self._source, self._run.value.num_ranks)
 
     def close(self) -> None:
@@ -169,6 +178,16 @@ class ShuffleEngine(Engine):
             self._run.destroy()
         self._commit = self._handles = self._run = None
 
+    def _told(self, commit: RDD) -> list[tuple[int, Halt | None, tuple[StepRecord, ...]]]:
+        """What every rank says of a round: finished steps, halt, records."""
+        assert self._run is not None
+        told = self._news.value
+        if len(told) < self._run.value.num_ranks:
+            # A task that lost its executor at the very end finds its block on another one when it
+            # runs again, and has nothing to compute: what it would have said is in the block.
+            told = dict(enumerate(self.map_states(commit, _news)))
+        return [told[rank] for rank in range(self._run.value.num_ranks)]
+
     def _persisted(self, frames: RDD) -> RDD:
         frames.persist(wire.commit_level(self._context))
         frames.localCheckpoint()
@@ -178,6 +197,12 @@ class ShuffleEngine(Engine):
             wire.release(frames)
             raise
         return frames
+
+
+def _forget(handles: RDD) -> None:
+    """Lets the next job compute handles anew, and with them their stores."""
+    handles.unpersist(blocking=True)
+    handles.persist(StorageLevel.MEMORY_AND_DISK)
 
 
 def _handle_frames(handles: RDD, copies: int, *, persist: bool = True) -> RDD:
@@ -316,8 +341,12 @@ class _Thencommit:
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
         state = self.update(rank, frames)
-        self.news.add({rank: (state.step, state.halt, tuple(state.records))})
+        self.news.add({rank: _news(self.update.run.value, state)})
         yield encode(state_to_message(state))
+
+
+def _news(run: Run, state: RankState) -> tuple[int, Halt | None, tuple[StepRecord, ...]]:
+    return state.step, state.halt, tuple(state.records)
 
 
 @dataclass(frozen=True)
@@ -411,18 +440,20 @@ def _receive(frames: Iterable[bytes], *kinds: str) -> tuple[list[Message], Messa
 
 def _program(run: Run) -> RankProgram:
     """The programs of a run in this worker, loaded by its first task."""
-    global _frozen_for
     configure_threads(run.task_threads)
     program = rank_program(run)
-    if _frozen_for != run.run_id:
+    if run.run_id not in _FROZEN:
         # PySpark's daemon collects garbage after every task. With TensorFlow imported that took
         # 200 ms, several times as long as the rest of the task; frozen objects are not looked at.
+        # What former runs left behind is collected first: frozen, it would stay for good.
+        gc.unfreeze()
+        gc.collect()
         gc.freeze()
-        _frozen_for = run.run_id
+        _FROZEN.add(run.run_id)
     return program
 
 
-_frozen_for: str | None = None
+_FROZEN: set[str] = set()  # runs of this worker
 
 
 _READERS: dict[tuple[str, Handle], BatchReader] = {}
