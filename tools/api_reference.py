@@ -36,11 +36,7 @@ SECTIONS = {
     "Optimizers": (
         "keras.optimizers: SGD Adam AdamW Adagrad Adadelta Adamax Nadam RMSprop Ftrl Lion"
     ),
-    "Errors": (
-        "tfspark.errors: TFSparkError ClusterError InvalidInputError DataError ProgramError "
-        "UnsupportedRuleError TrainingError NonFiniteError UserFunctionError StoreLostError "
-        "CheckpointError"
-    ),
+    "Errors": "tfspark.errors: *",
     "Checkpoint files": "tfspark.train.checkpoint: CheckpointStore Retention",
     "Slots": "tfspark.context: slots",
     "Your own triggers and schedules": (
@@ -58,10 +54,20 @@ def documented() -> dict[str, list[tuple[str, str]]]:
         title: [
             (module, name)
             for module, names in (part.split(": ") for part in listing.split("; "))
-            for name in names.split()
+            for name in (_classes_of(module) if names == "*" else names.split())
         ]
         for title, listing in SECTIONS.items()
     }
+
+
+def _classes_of(module: str) -> list[str]:
+    """The classes that a module defines, in its order."""
+    found = vars(importlib.import_module(module)).items()
+    return [
+        name
+        for name, value in found
+        if getattr(value, "__module__", "") == module and inspect.isclass(value)
+    ]
 
 
 def page() -> str:
