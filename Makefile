@@ -7,15 +7,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SPARK35 := .venv-spark35
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: quickstart test lint format clean machine
+.PHONY: quickstart test lint format spark35 clean machine
 
 quickstart: $(READY)
 	$(BIN)/python examples/lenet.py
 
-test: lint
+test: lint spark35
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -26,6 +27,13 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The oldest supported Spark, beside the newest of $(VENV), for the tests that compare them. Where it
+# cannot be installed, those are skipped.
+spark35: $(READY)
+	@test -e $(SPARK35)/.ready || { \
+	    $(BIN)/python -m pip install --quiet --target $(SPARK35) 'pyspark>=3.5,<3.6' && \
+	    touch $(SPARK35)/.ready; } || echo 'Spark 3.5 could not be installed.' >&2
 
 # Order-only: the machine is looked at each time, but only changed requirements install anew.
 $(READY): setup.py requirements.txt | machine
@@ -39,4 +47,4 @@ machine:
 	@: $(if $(PROBLEM),$(error $(PROBLEM)))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SPARK35) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

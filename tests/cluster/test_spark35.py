@@ -1,0 +1,55 @@
+"""Spark 3.5, the oldest supported version, in a folder of its own: `make spark35`."""
+
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.spark35]
+
+ROOT = Path(__file__).parent.parent.parent
+SPARK35 = ROOT / ".venv-spark35"
+
+SOURCE = """
+    import json
+    import keras
+    import numpy as np
+    import pyspark
+    from pyspark.sql import SparkSession
+    from spark_app import *
+
+    with application("local[2]") as sc:
+        bits = [train(sc, 6, name="dense", engine=engine) for engine in ("shuffle", "local")]
+        spark = SparkSession.builder.getOrCreate()
+        frame = spark.createDataFrame([([float(i), 1.0], i % 3) for i in range(20)], ["x", "y"])
+        data = TFDataset.from_dataframe(frame, "x", "y", batch_size=4)
+        model = keras.Sequential([keras.layers.Dense(3)])
+        training = TFOptimizer.from_keras(
+            model, data, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            optimizer="adam", engine="shuffle", progress=False,
+        )
+        training.optimize(MaxIteration(5))
+        finite = all(np.isfinite(w).all() for w in model.get_weights())
+        training.close()
+    print(json.dumps(dict(
+        version=pyspark.__version__, bits=bits, finite=finite,
+    )))
+"""
+
+
+@pytest.fixture(scope="module")
+def result(application):
+    if not (SPARK35 / ".ready").exists():
+        pytest.skip("Spark 3.5 is not installed; `make spark35` does it (300 MB)")
+    return application(SOURCE, path=[SPARK35], SPARK_HOME=None)
+
+
+def test_it_is_spark_35(result):
+    assert result["version"].startswith("3.5.")
+
+
+def test_engines_give_the_same_bits(result):
+    assert result["bits"][0] == result["bits"][1]
+
+
+def test_a_dataframe_trains(result):
+    assert result["finite"]
