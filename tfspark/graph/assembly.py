@@ -23,11 +23,12 @@ class BoundProgram:
 
     Attributes:
         program: the gradient.
-        flat: `[P]`, the weights as they are in the variables.
-        state: the model state as it is in the variables.
+        flat: `[P]`, the weights as they were in the variables when the program was made.
+        state: the model state as it was then.
         weight_variables: the variable of each weight.
         state_variables: the variable of each state slot.
         write: sets variables to arrays, in the user's session or eagerly.
+        read: the arrays that variables hold.
     """
 
     program: Program
@@ -36,6 +37,14 @@ class BoundProgram:
     weight_variables: tuple[Any, ...]
     state_variables: tuple[Any, ...]
     write: Callable[[Sequence[Any], Sequence[np.ndarray]], None]
+    read: Callable[[Sequence[Any]], Sequence[np.ndarray]]
+
+    def values(self) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        """The flat vector and the model state as the variables hold them now."""
+        values = self.read([*self.weight_variables, *self.state_variables])
+        count = len(self.weight_variables)
+        state = tuple(np.asarray(value) for value in values[count:])
+        return join(values[:count], self.program.dtype), state
 
     def assign(self, flat: np.ndarray, state: Sequence[np.ndarray]) -> None:
         """Sets the variables to trained values.

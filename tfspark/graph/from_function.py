@@ -50,6 +50,7 @@ def program_from_function(
         ProgramError: the result is not a scalar float, or does not depend on one of `variables`.
 
     Example:
+        >>> from tfspark.data.spec import Field
         >>> kernel = tf.Variable(tf.zeros([3, 1]), name="kernel")
         >>> def loss_fn(batch):
         ...     return tf.reduce_mean((batch["x"] @ kernel - batch["y"]) ** 2)
@@ -119,6 +120,7 @@ def program_from_function(
         tuple(trained),
         tuple(others),
         _write,
+        _read,
     )
 
 
@@ -143,3 +145,7 @@ def _check_scalar(loss: Any) -> None:
 def _write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def _read(variables: Sequence[Any]) -> list[np.ndarray]:
+    return [variable.numpy() for variable in variables]

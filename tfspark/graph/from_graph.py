@@ -153,6 +153,7 @@ def program_of_gradients(
         tuple(v for v, _ in pairs),
         tuple(variables[len(weights) :]),
         write,
+        session.run,
     )
 
 

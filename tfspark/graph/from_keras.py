@@ -58,6 +58,7 @@ def program_from_keras(
             be exact, no weight that the loss depends on, or weights of several precisions.
 
     Example:
+        >>> from tfspark.data.spec import Field
         >>> model = keras.Sequential([keras.layers.Dense(1)])
         >>> spec = RowSpec.of((Field("x", "float32", (3,)), Field("y", "float32", (1,))))
         >>> program_from_keras(model, spec, loss="mse").program.size
@@ -119,6 +120,7 @@ def program_from_keras(
         tuple(connected),
         tuple(states),
         _write,
+        _read,
     )
 
 
@@ -143,7 +145,8 @@ def check_model(model: Any) -> None:
 
 def build(model: keras.Model, row_spec: RowSpec) -> None:
     """Creates the weights of a model that is not built, from symbolic inputs."""
-    if model.built:
+    # A subclassed model may call itself built before its layers are.
+    if all(layer.built for layer in model._flatten_layers()):
         return
     inputs = [
         keras.KerasTensor((None, *field.shape), dtype=field.dtype) for field in row_spec.fields
@@ -287,3 +290,7 @@ def _used_states(
 def _write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def _read(variables: Sequence[Any]) -> list[np.ndarray]:
+    return [variable.numpy() for variable in variables]

@@ -47,7 +47,8 @@ class ParameterGroups:
         return self._group_of[name]
 
     def bind(self, steps_per_epoch: int) -> None:
-        """Tells the schedules how long an epoch is; called when training starts."""
+        """Starts the schedules anew and tells them how long an epoch is."""
+        self._states = [PlateauState() for _ in self.groups]
         self._schedules = [
             schedules.bind(group.learning_rate, steps_per_epoch) for group in self.groups
         ]

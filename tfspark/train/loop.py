@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tfspark.data.order import BatchOrder
-from tfspark.errors import NonFiniteError, StoreLostError
+from tfspark.errors import NonFiniteError, StoreLostError, WorkerLostError
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.pacing import Pacing
@@ -23,8 +23,10 @@ from tfspark.train.triggers import Progress, Trigger
 
 logger = logging.getLogger("tfspark")
 
-MOST_REBUILDS = 3
-"""Times in a row that lost stores are rebuilt before the loss is an error."""
+MOST_RETRIES = 3
+"""Times that a job is done again after a store or a worker was lost, before that is an error."""
+
+T = TypeVar("T")
 
 
 class Rates(Protocol):
@@ -132,17 +134,19 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Writes the newest commit as a checkpoint."""
-        assert self.store is not None
-        save(
-            self.store,
-            self.engine,
-            self.run,
-            self.commit,
-            self.progress,
-            {"schedules": self.rates.state(), "rows_per_epoch": self.run.order.total_rows},
-            self.scores,
+        store = self.store
+        assert store is not None
+        training = {
+            "schedules": self.rates.state(),
+            "rows_per_epoch": self.run.order.total_rows,
+            "loss": self.progress.loss,  # a trigger may look at it again after a resume
+        }
+        self.insist(
+            lambda: save(
+                store, self.engine, self.run, self.commit, self.progress, training, self.scores
+            )
         )
-        self.store.retain(self.retention)
+        store.retain(self.retention)
         self._saved_step = self.progress.step
 
     def _next_steps(
@@ -163,15 +167,27 @@ class TrainingLoop:
             ),
             stop=StopWhen(end, self.run.order, self.progress.score),
         )
-        for attempt in range(MOST_REBUILDS):
+        return self.insist(lambda: self.engine.round(self.commit, plan))
+
+    def insist(self, job: Callable[[], T]) -> T:
+        """The result of a job, which is done again if it lost a store or a worker.
+
+        Spark retries tasks by itself, but not on an embedded master, and not for ever.
+
+        Args:
+            job: reads `commit`, which stays good whatever happens.
+        """
+        for attempt in range(1, MOST_RETRIES + 1):
             try:
-                return self.engine.round(self.commit, plan)
+                return job()
             except StoreLostError as error:
                 logger.warning(
-                    "Rebuilding lost stores (%d of %d): %s", attempt + 1, MOST_REBUILDS, error
+                    "Rebuilding lost stores (%d of %d): %s", attempt, MOST_RETRIES, error
                 )
                 self.engine.rebuild()
-        return self.engine.round(self.commit, plan)
+            except WorkerLostError as error:
+                logger.warning("Trying again (%d of %d): %s", attempt, MOST_RETRIES, error)
+        return job()
 
     def _advance(self, result: RoundResult) -> None:
         if result.commit is None or not result.records:
@@ -199,7 +215,8 @@ class TrainingLoop:
 
     def _validate(self) -> None:
         assert self.validate is not None
-        self.scores = self.validate(self.commit)
+        validate = self.validate
+        self.scores = self.insist(lambda: validate(self.commit))
         score = score_of(self.scores)
         self.progress = replace(self.progress, score=score)
         if score is not None:

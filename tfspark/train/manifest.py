@@ -236,11 +236,17 @@ def compare_tensors(manifest: Manifest, weights: Sequence[Weight], dtype: str = 
                 f"{name}: {wanted[name][1]} {wanted[name][0]} in the model, "
                 f"{saved[name][1]} {saved[name][0]} in the checkpoint"
             )
+    hint = ""
+    if list(saved.values()) == list(wanted.values()):
+        hint = (
+            " Only the names differ: Keras numbers layers without a name through the whole "
+            "process. Name them, or call keras.backend.clear_session() before building the model."
+        )
     if differences:
         raise CheckpointError(
             "A checkpoint resumes the model that wrote it. Received: a checkpoint of step "
             f"{manifest.step} whose tensors differ ({'; '.join(differences)}). Use another "
-            "model_dir, or build the model that the checkpoint was written by.",
+            f"model_dir, or build the model that the checkpoint was written by.{hint}",
         )
 
 

@@ -139,7 +139,7 @@ class TFOptimizer:
         self._store = CheckpointStore(settings.model_dir) if settings.model_dir else None
         if self._store is not None:
             self._store.check_writable()
-        self._resume_from: Manifest | None = None
+        self._requested: FromCheckpoint | None = None
         self._training: TrainingLoop | None = None
         self.train_summary: TrainSummary | None = None
         self.val_summary: ValidationSummary | None = None
@@ -174,7 +174,10 @@ class TFOptimizer:
             **settings: see the class.
 
         Example:
-            >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+            >>> x, y = np.ones([8, 3], np.float32), np.ones([8, 1], np.float32)
+            >>> dataset = TFDataset.from_ndarrays((x, y), batch_size=4)
+            >>> model = keras.Sequential([keras.layers.Dense(1)])
+            >>> model.compile("adam", "mse", metrics=["mae"])
             >>> TFOptimizer.from_keras(model, dataset).optimize(MaxEpoch(5))
         """
         front_end = KerasFrontEnd(keras_model, dataset, loss, loss_weights, metrics)
@@ -231,11 +234,16 @@ class TFOptimizer:
                 the data set, or is of another graph; names the remedy.
 
         Example:
-            >>> images, labels = dataset.tensors
-            >>> loss = tf.reduce_mean(tf.losses.sparse_softmax_cross_entropy(labels, net(images)))
-            >>> optimizer = TFOptimizer.from_loss(loss, Adam(1e-3))
-            >>> optimizer.optimize(end_trigger=MaxEpoch(5))
-            >>> tf.compat.v1.train.Saver().save(optimizer.sess, "model")
+            >>> x, y = np.ones([8, 3], np.float32), np.ones([8, 1], np.float32)
+            >>> dataset = TFDataset.from_ndarrays((x, y), batch_size=4)
+            >>> import tensorflow.compat.v1 as tf
+            >>> with tf.Graph().as_default():
+            ...     inputs, labels = dataset.tensors
+            ...     outputs = tf.matmul(inputs, tf.get_variable("kernel", [3, 1]))
+            ...     loss = tf.losses.mean_squared_error(labels, outputs)
+            ...     optimizer = TFOptimizer.from_loss(loss, Adam(1e-3))
+            ...     optimizer.optimize(end_trigger=MaxEpoch(5))
+            ...     tf.train.Saver().save(optimizer.sess, "model")
         """
         front_end = GraphFrontEnd(
             loss,
@@ -337,6 +345,8 @@ class TFOptimizer:
             **settings: see the class.
 
         Example:
+            >>> x, y = np.ones([8, 3], np.float32), np.ones([8, 1], np.float32)
+            >>> dataset = TFDataset.from_ndarrays((x, y), batch_size=4)
             >>> kernel = tf.Variable(tf.zeros([3, 1]))
             >>> def loss_fn(batch):
             ...     x, y = batch
@@ -420,7 +430,7 @@ class TFOptimizer:
         except BaseException:
             self._bring_home_if_possible(training)
             raise
-        self._bring_home(training)
+        training.insist(lambda: self._bring_home(training))
         return self
 
     def load_checkpoint(self, path: str, version: int | None = None) -> TFOptimizer:
@@ -443,8 +453,7 @@ class TFOptimizer:
         else:
             manifest = store.read(version)
         self.close()
-        self._check_same_model(manifest)
-        self._resume_from, self._resume_store = manifest, store
+        self._requested = self._checked(store, manifest)
         return self
 
     @property
@@ -471,7 +480,11 @@ class TFOptimizer:
         return self._training.progress.step if self._training else 0
 
     def close(self) -> None:
-        """Frees what is kept in Spark for going on; the next `optimize` starts anew."""
+        """Frees what is kept in Spark for going on.
+
+        The next `optimize` starts a new training: from the newest checkpoint of `model_dir`, if
+        there is one, else with step 1 and the weights as they are.
+        """
         if self._training is not None:
             self._finalizer()
             self._training = None
@@ -505,30 +518,37 @@ class TFOptimizer:
             context = SparkContext._active_spark_context
             name = choose_engine(self._settings.engine, context)
             num_ranks = self._settings.num_ranks or (slots(context) if context else 1)
+            saved = self._checkpoint_to_resume()
             train_set = materialise(name, self._dataset, num_ranks, context)
-            run = self._make_run(train_set, num_ranks, task_threads(context) if context else 1)
+            flat, state = self._bound.values()
+            run = self._make_run(
+                train_set,
+                saved.store.read_state(saved.manifest) if saved else state,
+                num_ranks,
+                task_threads(context) if context else 1,
+            )
+            if saved:
+                _warn_of_changed_order(saved.manifest, run.order)
             engine = make_engine(name, train_set, context)
             sets = [train_set]
             if self._dataset.validation is not None:
                 sets.append(materialise(name, self._dataset.validation, num_ranks, context))
-            self._finalizer = weakref.finalize(self, _close, engine, sets)
+            initial = saved or _initial_state(flat, name, context)
+            self._finalizer = weakref.finalize(self, _close, engine, [*sets, initial])
             self._finalizer.atexit = False
-            self._training = self._make_training(engine, run, name, sets, context)
+            self._training = self._make_training(engine, run, name, sets, context, initial)
+            self._requested = None
         return self._training
 
-    def _make_run(self, train_set: Any, num_ranks: int, threads: int) -> Run:
-        manifest = self._checkpoint_to_resume()
+    def _make_run(
+        self, train_set: Any, state: Sequence[np.ndarray], num_ranks: int, threads: int
+    ) -> Run:
         order = BatchOrder(
             tuple(handle.rows for handle in train_set.handles),
             self._batch_size,
             self._dataset.seed,
             self._dataset.shuffle,
         )
-        state = self._bound.state
-        if manifest is not None:
-            assert self._resume_store is not None
-            _warn_of_changed_order(manifest, order)
-            state = self._resume_store.read_state(manifest)
         return Run(
             run_id=uuid.uuid4().hex,
             program=self._bound.program,
@@ -546,28 +566,28 @@ class TFOptimizer:
         )
 
     def _make_training(
-        self, engine: Engine, run: Run, name: str, sets: list[Any], context: SparkContext | None
+        self,
+        engine: Engine,
+        run: Run,
+        name: str,
+        sets: list[Any],
+        context: SparkContext | None,
+        make_state: FromValues | FromCheckpoint,
     ) -> TrainingLoop:
         self._groups.bind(run.order.steps_per_epoch)
-        manifest = self._resume_from
-        if manifest is not None:
-            check_resumable(manifest, run)
+        step, loss, scores = 0, None, {}
+        if isinstance(make_state, FromCheckpoint):
+            manifest = make_state.manifest
+            step, loss = manifest.step, manifest.training.get("loss")
+            scores = dict(manifest.metrics)
             self._groups.restore(manifest.training["schedules"])
-            make_state: Any = FromCheckpoint(self._resume_store, manifest)
-            logger.info("Going on from step %d of %s.", manifest.step, self._resume_store.model_dir)
-        elif name == "local":
-            make_state = FromValues(Here(self._bound.flat))
-        else:
-            assert context is not None
-            make_state = FromValues(context.broadcast(self._bound.flat))
-        step = manifest.step if manifest is not None else 0
-        scores = dict(manifest.metrics) if manifest is not None else {}
+            logger.info("Going on from step %d of %s.", step, make_state.store.model_dir)
         training = TrainingLoop(
             engine=engine,
             run=run,
             rates=self._groups,
             commit=engine.start(run, make_state),
-            progress=progress_at(run.order, step, score=score_of(scores)),
+            progress=progress_at(run.order, step, loss, score_of(scores)),
             reporter=progress_reporter(False, None),
             store=self._store,
             retention=self._settings.retention,
@@ -595,18 +615,19 @@ class TFOptimizer:
 
         return validate
 
-    def _checkpoint_to_resume(self) -> Manifest | None:
+    def _checkpoint_to_resume(self) -> FromCheckpoint | None:
         """The checkpoint that was asked for, or the newest whole one of `model_dir`."""
-        if self._resume_from is None and self._store is not None:
-            context = SparkContext._active_spark_context
-            self._resume_from, self._resume_store = newest_whole(self._store, context), self._store
-            if self._resume_from is not None:
-                self._check_same_model(self._resume_from)
-        return self._resume_from
+        if self._requested is None and self._store is not None:
+            manifest = newest_whole(self._store, SparkContext._active_spark_context)
+            return None if manifest is None else self._checked(self._store, manifest)
+        return self._requested
 
-    def _check_same_model(self, manifest: Manifest) -> None:
+    def _checked(self, store: CheckpointStore, manifest: Manifest) -> FromCheckpoint:
+        """A checkpoint, if it is of this model and these optimizers."""
         program = self._bound.program
         compare_tensors(manifest, program.weights, program.dtype)
+        check_resumable(manifest, program, self._updates)
+        return FromCheckpoint(store, manifest)
 
     def _bring_home(self, training: TrainingLoop) -> None:
         """Sets the user's variables to the weights and model state of the newest commit."""
@@ -626,13 +647,21 @@ class TFOptimizer:
 
     def _bring_home_if_possible(self, training: TrainingLoop) -> None:
         try:
-            self._bring_home(training)
+            training.insist(lambda: self._bring_home(training))
         except (TFSparkError, Py4JError) as error:
             logger.warning(
                 "The weights of step %d could not be brought home: %s",
                 training.progress.step,
                 error,
             )
+
+
+def _initial_state(flat: np.ndarray, name: str, context: SparkContext | None) -> FromValues:
+    """The initial weights, on their one way from the driver."""
+    if name == "local":
+        return FromValues(Here(flat))
+    assert context is not None
+    return FromValues(context.broadcast(flat))
 
 
 def _warn_of_changed_order(manifest: Manifest, order: BatchOrder) -> None:
@@ -661,7 +690,7 @@ def _checked(value: Any, expected: type) -> Any:
     return value
 
 
-def _close(engine: Engine, sets: Sequence[Any]) -> None:
+def _close(engine: Engine, held: Sequence[Any]) -> None:
     engine.close()
-    for materialised in sets:
-        materialised.release()
+    for each in held:
+        each.release()

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from pyspark import SparkContext
+from pyspark import Broadcast, SparkContext
 
 import tfspark
 from tfspark.errors import CheckpointError
+from tfspark.graph.program import Program, StateSlot, UpdateProgram
 from tfspark.sync.engine import Engine, RankState, Run
 from tfspark.train.checkpoint import Attempt, CheckpointStore
 from tfspark.train.manifest import (
@@ -85,13 +86,17 @@ class FromValues:
     """Makes the state of a rank before the first step, from the initial weights.
 
     Attributes:
-        flat: anything with a `value`: a Spark broadcast of the flat vector `[P]`, or `Here`.
+        flat: a Spark broadcast of the flat vector `[P]`, or `Here`.
     """
 
-    flat: Any
+    flat: Broadcast | Here
 
     def __call__(self, run: Run, rank: int) -> RankState:
         return RankState.initial(run, self.flat.value, rank)
+
+    def release(self) -> None:
+        """Frees the broadcast, once no commit is computed from it any more."""
+        self.flat.destroy()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,9 @@ class Here:
     """A value in this process, where a broadcast would be too much."""
 
     value: Any
+
+    def destroy(self) -> None:
+        """Nothing that a broadcast would have to free."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,9 @@ class FromCheckpoint:
 
     store: CheckpointStore
     manifest: Manifest
+
+    def release(self) -> None:
+        """Nothing is held."""
 
     def __call__(self, run: Run, rank: int) -> RankState:
         state = RankState.initial(run, np.zeros(run.layout.size, run.layout.dtype), rank)
@@ -181,15 +192,15 @@ class Trained:
         return replace(state, shard=shard, slots=[], records=[])
 
 
-def check_resumable(manifest: Manifest, run: Run) -> None:
-    """Checks that optimizers and model state of a checkpoint are those of the run.
+def check_resumable(manifest: Manifest, program: Program, updates: Sequence[UpdateProgram]) -> None:
+    """Checks that optimizers and model state of a checkpoint are those of a program.
 
     Raises:
         CheckpointError: names what differs. (Tensors are compared by `compare_tensors`.)
     """
     entries = {entry.name: manifest.groups[entry.group] for entry in manifest.tensors}
-    for weight in run.program.weights:
-        saved, wanted = entries[weight.name], run.updates[weight.group]
+    for weight in program.weights:
+        saved, wanted = entries[weight.name], updates[weight.group]
         if [slot.name for slot in saved.slots] != [slot.name for slot in wanted.slots]:
             raise CheckpointError(
                 "A checkpoint resumes with the optimizer that wrote it. Received: "
@@ -198,14 +209,21 @@ def check_resumable(manifest: Manifest, run: Run) -> None:
                 f"{[slot.name for slot in saved.slots]}. Use the former optimizer, or another "
                 "model_dir and load the weights alone."
             )
-    saved_state = [(slot.name, slot.dtype, tuple(slot.shape)) for slot in manifest.state]
-    wanted_state = [(slot.name, slot.dtype, tuple(slot.shape)) for slot in run.program.state]
+    saved_state, wanted_state = map(_comparable, (manifest.state, program.state))
     if saved_state != wanted_state:
         differing = sorted({str(entry) for entry in set(saved_state) ^ set(wanted_state)})
         raise CheckpointError(
             "A checkpoint resumes the model that wrote it. Received: a model whose state (what "
             f"changes but is not trained) differs in {', '.join(differing) or 'its order'}."
         )
+
+
+def _comparable(state: Sequence[StateSlot]) -> list[tuple[str, str, tuple[int, ...]]]:
+    # Keras numbers its seed generators through the whole process, whatever the layers' names.
+    return [
+        ("seed" if slot.kind == "seed" else slot.name, slot.dtype, tuple(slot.shape))
+        for slot in state
+    ]
 
 
 @dataclass(frozen=True)
