@@ -382,17 +382,21 @@ def _evaluation(
             (name, len(metric.variables)) for name, metric in zip(names, metrics, strict=True)
         ),
     )
-    _check_mergeable(bound, evaluation, infos, metrics)
+    _check_mergeable(bound, forward, adding.graph, initial, metrics)
     return evaluation, metrics
 
 
 def _check_mergeable(
     bound: BoundProgram,
-    evaluation: Evaluation,
-    infos: Sequence[TensorInfo],
+    forward: Forward,
+    adding: PureGraph,
+    initial: Sequence[np.ndarray],
     metrics: Sequence[Any],
 ) -> None:
-    """Compares the accumulators of random rows with the sum of those of two halves."""
+    """Compares the accumulators of random rows with the sum of those of two halves.
+
+    Predictions are made once: a graph may well have its dropout or BatchNorm switched on.
+    """
     rng = np.random.default_rng(0)
     rows = 8
 
@@ -406,14 +410,15 @@ def _check_mergeable(
             dtype.as_numpy_dtype
         )
 
-    batch = [column(info) for info in infos]
-    run = load(evaluation.graph)
+    batch = [column(info) for info in forward.batch_infos]
+    predict, add = load(prediction(bound, forward)), load(adding)
 
     def added(low: int, high: int) -> list[np.ndarray]:
-        values = run(bound.flat, *bound.state, *(x[low:high] for x in batch), *evaluation.initial)
-        return [v.numpy() - i for v, i in zip(values, evaluation.initial, strict=True)]
+        parts = [x[low:high] if x.shape[:1] == (rows,) else x for x in columns]
+        return [v.numpy() - i for v, i in zip(add(*parts, *initial), initial, strict=True)]
 
     try:
+        columns = [*batch, *(v.numpy() for v in predict(bound.flat, *bound.state, *batch))]
         whole, first, second = added(0, rows), added(0, 3), added(3, rows)
     except tf.errors.InvalidArgumentError:
         return  # made-up rows that this model cannot read, such as encoded images
