@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from tensorflow.python.eager.context import eager_mode
 
 from tfspark.errors import ProgramError, UnsupportedRuleError
 from tfspark.graph.assembly import BoundProgram
@@ -134,7 +135,8 @@ def program_from_train_op(
     applied.sort(key=lambda op: op.name)
     kind = _rule_name(applied[0].type)
     optimizers = [_optimizer(op, session, variables) for op in applied]
-    configs = [_without_name(optimizer) for optimizer in optimizers]
+    with eager_mode():
+        configs = [_without_name(optimizer) for optimizer in optimizers]
     if any(config != configs[0] for config in configs):
         raise UnsupportedRuleError(
             "A training operation has one rule with the same hyperparameters for all variables. "
@@ -199,7 +201,8 @@ def _optimizer(op: Any, session: Any, variables: Mapping[str, Any]) -> Any:
             )
         return float(value.flat[0]) if value.size else 0.0
 
-    return rule.optimizer(values, op, slot)
+    with eager_mode():  # not in the user's graph, which may be finalized
+        return rule.optimizer(values, op, slot)
 
 
 def _without_name(optimizer: Any) -> dict[str, Any]:
