@@ -190,9 +190,11 @@ class TrainingLoop:
         return job()
 
     def _advance(self, result: RoundResult) -> None:
-        if result.commit is None or not result.records:
+        if result.commit is None:
             return
-        self.commit = result.commit
+        self.commit = result.commit  # also without a step: the engine keeps the newest only
+        if not result.records:
+            return
         last = result.records[-1]
         self.progress = progress_at(self.run.order, last.step, last.loss, self.progress.score)
         rows = sum(record.rows for record in result.records)
