@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 SUPPORT = Path(__file__).parent.parent / "support"
+TIMEOUT_S = 900  # a busy machine takes long to load TensorFlow in every worker
 ROOT = SUPPORT.parent.parent
 
 
@@ -21,7 +22,7 @@ def application(run_python):
     def run(source, path=(), **settings):
         folders = [*map(str, path), str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH")]
         joined = os.pathsep.join(filter(None, folders))
-        output = run_python(source, PYTHONPATH=joined, **settings).stdout
+        output = run_python(source, timeout_s=TIMEOUT_S, PYTHONPATH=joined, **settings).stdout
         return json.loads(output.splitlines()[-1])
 
     return run

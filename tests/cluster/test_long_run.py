@@ -58,7 +58,7 @@ SOURCE = """
 
 @pytest.fixture(scope="module")
 def measurements(application, tmp_path_factory):
-    return application(SOURCE.format(folder=str(tmp_path_factory.mktemp("spark"))), timeout_s=900)
+    return application(SOURCE.format(folder=str(tmp_path_factory.mktemp("spark"))))
 
 
 # What 1,500 steps may add. One step leaves 4 shuffle files and 2 RDDs if nothing is freed.

@@ -177,4 +177,4 @@ def in_a_round(context: Any, stages: int = 6) -> bool:
 def settled(context: Any, number: int) -> None:
     """Waits until so many executors are there again."""
     status = context._jsc.sc()
-    wait_for(lambda: status.getExecutorMemoryStatus().size() - 1 == number and len(executors()))
+    wait_for(lambda: status.getExecutorMemoryStatus().size() - 1 == number == len(executors()))

@@ -534,7 +534,7 @@ class TFOptimizer:
             if self._dataset.validation is not None:
                 sets.append(materialise(name, self._dataset.validation, num_ranks, context))
             initial = saved or _initial_state(flat, name, context)
-            self._finalizer = weakref.finalize(self, _close, engine, [*sets, initial])
+            self._finalizer = weakref.finalize(self, _close, engine, [*sets, initial], context)
             self._finalizer.atexit = False
             self._training = self._make_training(engine, run, name, sets, context, initial)
             self._requested = None
@@ -690,7 +690,9 @@ def _checked(value: Any, expected: type) -> Any:
     return value
 
 
-def _close(engine: Engine, held: Sequence[Any]) -> None:
+def _close(engine: Engine, held: Sequence[Any], context: SparkContext | None) -> None:
+    if context is not None and context._jsc is None:
+        return  # Spark was stopped, and all that is held in it has gone
     engine.close()
     for each in held:
         each.release()
