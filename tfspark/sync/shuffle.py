@@ -23,7 +23,9 @@ from __future__ import annotations
 import gc
 import pickle
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +80,8 @@ class ShuffleEngine(Engine):
         self._source = handles
         self._run: Broadcast | None = None
         self._handles: RDD | None = None
-        self._commit: RDD | None = None
+        self._commits: list[RDD] = []
+        self._job_tag = f"tfspark-{uuid.uuid4().hex}"
         # One for all rounds: PySpark never forgets an accumulator.
         self._news = context.accumulator({}, _LatestByRank())
 
@@ -86,13 +89,14 @@ class ShuffleEngine(Engine):
         self._run = self._context.broadcast(run)
         self._handles = _handle_frames(self._source, run.num_ranks)
         ranks = self._context.parallelize(range(run.num_ranks), run.num_ranks)
-        self._commit = self._persisted(wire.frames(ranks, _Start(self._run, make_state)))
-        return self._commit
+        self._commits = [self._persisted(wire.frames(ranks, _Start(self._run, make_state)))]
+        return self._commits[0]
 
     def round(self, commit: RDD, plan: RoundPlan) -> RoundResult:
         started = time.perf_counter()
         assert self._run is not None and self._handles is not None, "start() comes first"
         run = self._run.value
+        self._release_all_but(commit)
         self._news.value = {}
         received = wire.exchange(commit, _Scatter(run.num_ranks), run.num_ranks)
         for index, rates in enumerate(plan.learning_rates):
@@ -107,14 +111,14 @@ class ShuffleEngine(Engine):
             else:
                 final = wire.frames(gradients, _Thencommit(update, self._news))
         try:
-            with driver_errors():
-                result = self._persisted(final)
+            result = self._persisted(final)
         finally:
             wire.clean_shuffles(gradients)
         outcome = merge_outcomes(self._told(result))
         if outcome.consistent:
-            wire.release(commit)
-            self._commit = result
+            # Both stay until the next round says which one the caller has: it may be interrupted
+            # before it hears of the new one.
+            self._commits.append(result)
         else:
             wire.release(result)
         return RoundResult(
@@ -126,7 +130,7 @@ class ShuffleEngine(Engine):
 
     def map_states(self, commit: RDD, function: Callable[[Run, RankState], Any]) -> list[Any]:
         assert self._run is not None, "start() comes first"
-        with driver_errors():
+        with self._job():
             return commit.mapPartitions(_OnState(self._run, function)).collect()
 
     def collect(
@@ -134,7 +138,7 @@ class ShuffleEngine(Engine):
     ) -> Iterator[RankState]:
         assert self._run is not None, "start() comes first"
         selected = wire.frames(commit, _Select(self._run, select))
-        with driver_errors():
+        with self._job():
             # One job per rank: the driver never holds more than one frame beside what it keeps.
             for frame in selected.toLocalIterator():
                 yield state_from_message(decode(frame))
@@ -154,7 +158,7 @@ class ShuffleEngine(Engine):
         received = wire.exchange(commit, _Scatter(partitions, slots=False), partitions)
         pairs = wire.zip_frames(_handle_frames(handles, num_ranks, persist=False), received)
         try:
-            with driver_errors():
+            with self._job():
                 parts = pairs.mapPartitions(_Evaluate(self._run, shared, batch_rows)).collect()
         except StoreLostError:
             _forget(handles)
@@ -171,12 +175,12 @@ class ShuffleEngine(Engine):
         self._handles = _handle_frames(self._source, self._run.value.num_ranks)
 
     def close(self) -> None:
-        for rdd in (self._commit, self._handles):
-            if rdd is not None:
-                wire.release(rdd)
+        self._release_all_but(None)
+        if self._handles is not None:
+            wire.release(self._handles)
         if self._run is not None:
             self._run.destroy()
-        self._commit = self._handles = self._run = None
+        self._handles = self._run = None
 
     def _told(self, commit: RDD) -> list[tuple[int, Halt | None, tuple[StepRecord, ...]]]:
         """What every rank says of a round: finished steps, halt, records."""
@@ -192,11 +196,32 @@ class ShuffleEngine(Engine):
         frames.persist(wire.commit_level(self._context))
         frames.localCheckpoint()
         try:
-            wire.compute(frames)
+            with self._job():
+                wire.compute(frames)
         except BaseException:
             wire.release(frames)
             raise
         return frames
+
+    @contextmanager
+    def _job(self) -> Iterator[None]:
+        """Around a Spark job: raises the errors of its tasks as they were, cancels it if left."""
+        self._context.addJobTag(self._job_tag)
+        try:
+            with driver_errors():
+                yield
+        except (KeyboardInterrupt, SystemExit):
+            # PySpark's own handler of Ctrl-C does this too, but notebooks replace it.
+            self._context.cancelJobsWithTag(self._job_tag)
+            raise
+        finally:
+            self._context.removeJobTag(self._job_tag)
+
+    def _release_all_but(self, commit: RDD | None) -> None:
+        for other in self._commits:
+            if other is not commit:
+                wire.release(other)
+        self._commits = [] if commit is None else [commit]
 
 
 def _forget(handles: RDD) -> None:
@@ -263,7 +288,7 @@ class _Gradient:
         handle, messages = _receive_with_handle(pairs)
         halt = next((m.meta["halt"] for m in messages if m.meta["halt"]), None)
         run = self.run.value
-        with reporting(rank=rank, step=self.step, phase="gradient"):
+        with reporting(rank=rank, step=self.step + 1, phase="gradient"):
             contribution = Contribution(rank, halt=Halt(**halt) if halt else None)
             if not halt:
                 program = _program(run)
@@ -285,7 +310,7 @@ class _Norms:
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         messages, own = _receive(frames, "gradient")
         run = self.run.value
-        with reporting(rank=rank, step=self.step, phase="norms"):
+        with reporting(rank=rank, step=self.step + 1, phase="norms"):
             program = _program(run)
             reduced = program.reduce(messages)
             halted = reduced.halt or own.meta["halt"]
@@ -312,7 +337,7 @@ class _Update:
         messages, own = _receive(frames, "gradient", "norms")
         parts = [message for message in messages if message.kind == "gradient"]
         norms = [m.arrays["norms"] for m in messages if m.kind == "norms" and m.arrays]
-        with reporting(rank=rank, step=self.step, phase="update"):
+        with reporting(rank=rank, step=self.step + 1, phase="update"):
             program = _program(self.run.value)
             return program.apply(
                 state_from_message(own),

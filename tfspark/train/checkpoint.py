@@ -21,10 +21,11 @@ model_dir/
 must reach it. Local folders are made private (0700), local files too (0600).
 
 Example:
-    >>> store = CheckpointStore("/data/model")
-    >>> attempt = store.begin(step=120)
-    >>> shards = [store.write_shard(attempt, 0, {"weights/0": np.zeros(3, np.float32)})]
-    >>> store.commit(attempt, manifest, shards)
+    >>> store = CheckpointStore("/data/model")  # doctest: +SKIP
+    >>> attempt = store.begin(step=120)  # doctest: +SKIP
+    >>> arrays = {"weights/0": np.zeros(3, np.float32)}
+    >>> shards = [store.write_shard(attempt, 0, arrays)]  # doctest: +SKIP
+    >>> store.commit(attempt, manifest, shards)  # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class KerasFrontEnd:
     """
 
     def __init__(self, model: Any, dataset: TFDataset, loss: Any, loss_weights: Any, metrics: Any):
+        check_dataset(dataset)
         check_model(model)
         self._model = model
         self._spec = dataset.row_spec
@@ -119,6 +120,7 @@ class FunctionFrontEnd:
         predict_fn: Callable[[Any], Any] | None,
         metrics: Any,
     ):
+        check_dataset(dataset)
         self._loss_fn = loss_fn
         self._variables = list(variables)
         self._spec = dataset.row_spec
@@ -191,6 +193,7 @@ class GraphFrontEnd:
         self._reduction = reduction
         graph = _graph_of(loss)
         self.dataset = dataset if dataset is not None else _dataset_behind(loss)
+        check_dataset(self.dataset)
         with graph.as_default():
             tensors = inputs if inputs is not None else self.dataset.tensors
             self.session = session or tf.compat.v1.Session(graph=graph, config=session_config)
@@ -244,6 +247,19 @@ class GraphFrontEnd:
             labels=self._labels,
             metrics=self._metrics,
             tensor_with_value=self._values,
+        )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuses what is not a `TFDataset`.
+
+    Raises:
+        InvalidInputError: names the type and the remedy.
+    """
+    if not isinstance(dataset, TFDataset):
+        raise InvalidInputError(
+            f"The data set must be a TFDataset. Received: {type(dataset).__name__}. "
+            "Make one with TFDataset.from_rdd, from_dataframe or from_ndarrays."
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import uuid
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from tfspark.train.frontends import (
     graph_metrics,
 )
 from tfspark.train.groups import ParameterGroups, parameter_groups
+from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
 from tfspark.train.manifest import Manifest, compare_tensors
 from tfspark.train.progress import planned_steps, progress_reporter
@@ -111,11 +112,6 @@ class TFOptimizer:
     def __init__(
         self, front_end: FrontEnd, dataset: TFDataset, optim_method: Any, settings: Settings
     ):
-        if not isinstance(dataset, TFDataset):
-            raise InvalidInputError(
-                f"The data set must be a TFDataset. Received: {type(dataset).__name__}. "
-                "Make one with TFDataset.from_rdd, from_dataframe or from_ndarrays."
-            )
         if dataset.batch_size is None:
             raise InvalidInputError(
                 "Training needs a global batch size. Received: a TFDataset without batch_size "
@@ -486,7 +482,7 @@ class TFOptimizer:
         there is one, else with step 1 and the weights as they are.
         """
         if self._training is not None:
-            self._finalizer()
+            self._release()
             self._training = None
 
     # -- inside ---------------------------------------------------------------------------------
@@ -534,8 +530,7 @@ class TFOptimizer:
             if self._dataset.validation is not None:
                 sets.append(materialise(name, self._dataset.validation, num_ranks, context))
             initial = saved or _initial_state(flat, name, context)
-            self._finalizer = weakref.finalize(self, _close, engine, [*sets, initial], context)
-            self._finalizer.atexit = False
+            self._release = release_with(self, partial(_close, engine, [*sets, initial], context))
             self._training = self._make_training(engine, run, name, sets, context, initial)
             self._requested = None
         return self._training
