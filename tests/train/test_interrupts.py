@@ -1,0 +1,137 @@
+"""Ctrl-C: the last commit's weights come home, Spark is free again, and training can go on."""
+
+import signal
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from training import assert_same_bits, classified
+
+from tfspark import MaxIteration, SeveralIteration, TFDataset, TFOptimizer
+
+LOSS = "sparse_categorical_crossentropy"
+
+
+SLOW = 50.0
+"""A feature that makes the step of its row take a minute."""
+
+
+class Identity(layers.Layer):
+    """Takes its time over rows that say so."""
+
+    def call(self, x):
+        largest = tf.stop_gradient(tf.reduce_max(x))
+        count = tf.where(largest >= SLOW, 20_000, 1)
+        _, matrix = tf.while_loop(
+            lambda i, _: i < count,
+            lambda i, m: (i + 1, tf.tanh(m @ m)),
+            [tf.constant(0), tf.ones([256, 256]) * largest],
+        )
+        return x + 0.0 * tf.reduce_sum(matrix)
+
+
+def training(engine, slow_step=None):
+    model = keras.Sequential([keras.Input((6,)), Identity(), layers.Dense(3, "softmax")])
+    model.set_weights([np.random.default_rng(5).normal(size=w.shape) for w in model.get_weights()])
+    x, y = classified(26)
+    if slow_step is not None:
+        x[slow_step * 4 - 2, 0] = SLOW  # each rank gives four rows, in order
+    dataset = TFDataset.from_ndarrays(
+        (x, y), batch_size=8, shuffle=False, val_tensors=classified(5)
+    )
+    optimizer = TFOptimizer.from_keras(
+        model, dataset, loss=LOSS, optimizer="adam", engine=engine, num_ranks=2, progress=False
+    )
+    return model, optimizer
+
+
+def undisturbed(steps):
+    model, optimizer = training("local")
+    if steps:
+        optimizer.optimize(MaxIteration(steps))
+    return model.get_weights()
+
+
+class Interrupt(threading.Thread):
+    """Sends the main thread a Ctrl-C in the middle of a round, after some steps."""
+
+    def __init__(self, sc, optimizer, step):
+        super().__init__(daemon=True)
+        self.tracker, self.optimizer, self.step = sc.statusTracker(), optimizer, step
+        self.jobs: set[int] = set()
+        self.sent_at = 0.0
+
+    def run(self):
+        while self.optimizer.step < self.step:
+            time.sleep(0.02)
+        earlier = set(self.tracker.getActiveJobsIds())
+        while not self.jobs:  # one that has just begun
+            time.sleep(0.02)
+            self.jobs = set(self.tracker.getActiveJobsIds()) - earlier
+        time.sleep(2)
+        self.sent_at = time.monotonic()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+@pytest.fixture(params=["PySpark's handler", "Python's handler"])
+def handler(request, sc):
+    """Notebooks install Python's own handler around every cell."""
+    former = signal.getsignal(signal.SIGINT)
+    if request.param == "Python's handler":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_an_interrupted_round_is_cancelled(sc, handler):
+    model, optimizer = training("shuffle", slow_step=3)
+    interrupt = Interrupt(sc, optimizer, 1)
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.optimize(MaxIteration(5))
+    # The tasks that run take a minute; a job to fetch the weights has already found free slots.
+    assert time.monotonic() - interrupt.sent_at < 20
+    assert not interrupt.jobs & set(sc.statusTracker().getActiveJobsIds())
+    assert optimizer.step in (1, 2)
+    assert_same_bits(model.get_weights(), undisturbed(optimizer.step))
+    optimizer.close()
+
+
+@pytest.mark.parametrize("engine", ["local", "shuffle"])
+def test_an_error_between_rounds_keeps_the_commit(sc, engine):
+    """Whatever the driver was doing: here, a validation that is interrupted."""
+    model, optimizer = training(engine)
+
+    class Once(SeveralIteration):
+        def __call__(self, progress):
+            if progress.step == 3:
+                raise KeyboardInterrupt
+            return False
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.optimize(MaxIteration(9), validation_trigger=Once(1))
+    assert optimizer.step == 3
+    assert_same_bits(model.get_weights(), undisturbed(3))
+    optimizer.optimize(MaxIteration(5))
+    optimizer.close()
+    assert_same_bits(model.get_weights(), undisturbed(5))
+
+
+def test_a_commit_outlives_a_round_whose_result_was_lost(sc):
+    """An interrupt may come when the engine has the new commit and the caller not yet."""
+    model, optimizer = training("shuffle")
+    optimizer.optimize(MaxIteration(2))
+    loop = optimizer._training
+    assert loop is not None
+    commit, progress = loop.commit, loop.progress
+    optimizer.optimize(MaxIteration(3))
+    loop.commit, loop.progress = commit, progress
+    optimizer.optimize(MaxIteration(2))
+    assert_same_bits(model.get_weights(), undisturbed(2))
+    optimizer.optimize(MaxIteration(4))
+    optimizer.close()
+    assert_same_bits(model.get_weights(), undisturbed(4))
