@@ -1,5 +1,7 @@
 """What the tests of trainings share: rows as arrays, and the batches that ranks make of them."""
 
+import itertools
+
 import numpy as np
 import optree
 from keras_reference import global_batches
@@ -20,9 +22,7 @@ def batches(dataset, tensors, num_ranks, steps):
     arrays = optree.tree_leaves(tensors)
     rows = len(arrays[0])
     bounds = [rank * rows // num_ranks for rank in range(num_ranks + 1)]
-    parts = [
-        tuple(a[low:high] for a in arrays) for low, high in zip(bounds, bounds[1:], strict=False)
-    ]
+    parts = [tuple(a[low:high] for a in arrays) for low, high in itertools.pairwise(bounds)]
     sizes = tuple(len(part[0]) for part in parts)
     order = BatchOrder(sizes, dataset.batch_size, dataset.seed, dataset.shuffle)
     return global_batches(order, parts, steps)

@@ -73,7 +73,7 @@ def several_inputs():
 
 
 def embedded():
-    x, y = classified(ROWS)
+    _, y = classified(ROWS)
     ids = np.random.default_rng(4).integers(0, 9, (ROWS, 3)).astype("i")
 
     def loss(tensors):
@@ -142,12 +142,16 @@ def normalized():
     return (x, y), loss
 
 
-GRAPHS = [
-    *((make, ranks) for ranks in (1, 2) for make in (
-        vector_labels, scalar_labels, labels_of_one_column, several_inputs, embedded, branched, looped,
-    )),
-    (normalized, 1),
-]  # fmt: skip
+ANY_RANKS = [
+    vector_labels,
+    scalar_labels,
+    labels_of_one_column,
+    several_inputs,
+    embedded,
+    branched,
+    looped,
+]
+GRAPHS = [*((make, ranks) for make in ANY_RANKS for ranks in (1, 2)), (normalized, 1)]
 
 
 def variables_of(session):

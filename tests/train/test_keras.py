@@ -310,7 +310,7 @@ def test_loss_scaling_is_refused_by_name():
     rule = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
     model.compile(rule, LOSS)
     dataset = TFDataset.from_ndarrays(classified(ROWS), batch_size=8)
-    with pytest.raises(UnsupportedRuleError, match="LossScaleOptimizer.*use the optimizer in it"):
+    with pytest.raises(UnsupportedRuleError, match=r"LossScaleOptimizer.*use the optimizer in it"):
         TFOptimizer.from_keras(model, dataset, **LOCAL)
 
 
