@@ -68,8 +68,10 @@ def init_nncontext(
       there too; log level `ERROR`, and warnings and errors only from the workers' TensorFlow;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
-      nearly halve the time of a small task; and a longer `spark.locality.wait.node`, because a
-      task away from its store costs a rebuild of the store.
+      nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
+      task away from its store costs a rebuild of the store; and a shorter
+      `spark.storage.cachedPeersTtl`, so that soon after the loss of an executor commits have two
+      copies again.
 
     Args:
         conf: Spark settings, as a dict or a `SparkConf`; a string is the application's name.
@@ -232,6 +234,9 @@ def _defaults(master: str) -> dict[str, str]:
         # Tasks want the host of their store. With the usual 3 s a busy slot would send one away,
         # and reading and writing the partition again takes longer than that.
         "spark.locality.wait.node": "10s",
+        # Milliseconds that an executor believes to know the others. With the usual minute, one that
+        # was alone for a moment keeps commits to itself for as long, and they die with it.
+        "spark.storage.cachedPeersTtl": "2000",
     }
     if master.startswith("local"):
         defaults |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
