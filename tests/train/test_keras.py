@@ -145,7 +145,7 @@ def test_weights_loaded_after_construction_are_what_training_starts_from():
     model, plain = dense(), dense()
     model.compile("sgd", LOSS)
     plain.compile("sgd", LOSS)
-    optimizer = TFOptimizer.from_keras(model, dataset, **LOCAL)
+    optimizer = TFOptimizer.from_keras(model, dataset, num_ranks=1, **LOCAL)
     loaded = [weight + 0.25 for weight in model.get_weights()]
     model.set_weights(loaded)
     plain.set_weights(loaded)
@@ -347,7 +347,9 @@ def test_after_close_training_starts_anew_from_the_weights_as_they_are():
     tensors = classified(ROWS)
     dataset = TFDataset.from_ndarrays(tensors, batch_size=8)
     model, plain = dense(), dense()
-    optimizer = TFOptimizer.from_keras(model, dataset, loss=LOSS, optimizer="adam", **LOCAL)
+    optimizer = TFOptimizer.from_keras(
+        model, dataset, loss=LOSS, optimizer="adam", num_ranks=1, **LOCAL
+    )
     for _ in range(2):
         optimizer.optimize(MaxIteration(3))
         optimizer.close()
