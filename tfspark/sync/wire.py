@@ -126,6 +126,8 @@ def _bridge(context: SparkContext) -> _Bridge:
 def _python_rdd(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]]) -> Any:
     """A JVM RDD of the bytes that a Python function yields."""
     context, jvm = rdd.context, _bridge(rdd.context)
+    # A call that was interrupted may have left its broadcasts there, which are destroyed by now.
+    context._pickled_broadcast_vars.clear()
     command = CloudPickleSerializer().dumps(
         (function, None, rdd._jrdd_deserializer, NoOpSerializer())
     )
