@@ -12,8 +12,8 @@ import tensorflow as tf
 from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph.program import Program, StateSlot, Weight
+from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.pure import PureGraph, TensorInfo
-from tfspark.graphdef.rewrite import trace_graph
 from tfspark.graphdef.variables import call, purify_function
 
 

@@ -23,9 +23,9 @@ from tfspark.graph import from_graph
 from tfspark.graph.assembly import BoundProgram, batch_infos, split, step_signature
 from tfspark.graph.from_keras import call_model, compile_loss_of, model_loss, unpack
 from tfspark.graph.program import Evaluation
+from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.loader import load
 from tfspark.graphdef.pure import PureGraph, TensorInfo
-from tfspark.graphdef.rewrite import trace_graph
 from tfspark.graphdef.variables import Purified, call, purify_function, tensorflow_variable
 
 _SEED = np.zeros(2, np.int64)  # an evaluation draws the same numbers in every batch

@@ -5,25 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph.assembly import (
     BoundProgram,
-    Step,
-    assemble,
     batch_infos,
     check_weight_dtypes,
-    join,
-    state_kind,
     step_signature,
-    unique_names,
 )
-from tfspark.graph.program import StateSlot, Weight
-from tfspark.graphdef.rewrite import trace_graph
-from tfspark.graphdef.variables import purify_function, tensorflow_variable
+from tfspark.graph.eager import bind, dtype_of, name_of
+from tfspark.graphdef.functions import trace_graph
+from tfspark.graphdef.variables import tensorflow_variable
 
 
 def program_from_function(
@@ -63,7 +57,7 @@ def program_from_function(
     trained = list({id(tensorflow_variable(v).handle): v for v in variables}.values())
     if not trained:
         raise ProgramError("A function needs variables to train. Received: none. Pass variables=…")
-    check_weight_dtypes([(name_of(v), tf.as_dtype(v.dtype).name) for v in trained])
+    check_weight_dtypes([(name_of(v), dtype_of(v)) for v in trained])
     trained.sort(key=lambda v: group_of(name_of(v)) if group_of else 0)
     infos = batch_infos(row_spec)
     converted = (
@@ -97,36 +91,7 @@ def program_from_function(
         return [total, *(tf.convert_to_tensor(gradient) for gradient in gradients)]
 
     graph = trace_graph(step, step_signature(infos))
-    purified = purify_function(graph, trained, seeded=True)
-    others = purified.variables[len(trained) :]
-    names = unique_names([name_of(v) for v in [*trained, *others]])
-    weights = tuple(
-        Weight(name, tuple(v.shape), group_of(name_of(v)) if group_of else 0)
-        for name, v in zip(names, trained, strict=False)
-    )
-    states = tuple(
-        StateSlot(
-            name, v.dtype.name, tuple(v.shape), state_kind(name, v.dtype.name, v.shape, written)
-        )
-        for name, v, written in zip(
-            names[len(trained) :], others, purified.written[len(trained) :], strict=True
-        )
-    )
-    program = assemble(Step(purified.graph, weights, states, tuple(range(len(infos)))))
-    return BoundProgram(
-        program,
-        join([v.numpy() for v in trained], program.dtype),
-        tuple(v.numpy() for v in others),
-        tuple(trained),
-        tuple(others),
-        _write,
-        _read,
-    )
-
-
-def name_of(variable: Any) -> str:
-    """The path of a Keras variable, the name of a `tf.Variable`."""
-    return getattr(variable, "path", None) or variable.name.split(":")[0]
+    return bind(graph, trained, len(infos), group_of)
 
 
 def _is_function(function: Any) -> bool:
@@ -140,12 +105,3 @@ def _check_scalar(loss: Any) -> None:
             f"The loss must be a scalar float tensor. Received: {shown}. Reduce it, for example "
             "with tf.reduce_mean."
         )
-
-
-def _write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _read(variables: Sequence[Any]) -> list[np.ndarray]:
-    return [variable.numpy() for variable in variables]

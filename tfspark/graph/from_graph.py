@@ -19,6 +19,7 @@ from tfspark.graph.assembly import (
     unique_names,
 )
 from tfspark.graph.program import StateSlot, Weight
+from tfspark.graphdef.nodes import ancestors
 from tfspark.graphdef.rewrite import VariableInput
 from tfspark.graphdef.variables import Purified, purify
 
@@ -407,15 +408,3 @@ def copy_of(graph: tf.Graph) -> tf.Graph:
     with copy.as_default():
         tf.compat.v1.train.import_meta_graph(meta)
     return copy
-
-
-def ancestors(roots: Sequence[Any]) -> dict[str, Any]:
-    """Operations and all that they depend on, by name."""
-    seen: dict[str, Any] = {}
-    pending = list(roots)
-    while pending:
-        op = pending.pop()
-        if op.name not in seen:
-            seen[op.name] = op
-            pending += [tensor.op for tensor in op.inputs] + list(op.control_inputs)
-    return seen

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras.src.trainers.compile_utils import CompileLoss
 
@@ -15,17 +14,12 @@ from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph.assembly import (
     BoundProgram,
-    Step,
-    assemble,
     batch_infos,
     check_weight_dtypes,
-    join,
-    state_kind,
     step_signature,
-    unique_names,
 )
-from tfspark.graph.program import StateSlot, Weight
-from tfspark.graphdef.variables import purify_function, trace_graph
+from tfspark.graph.eager import bind, dtype_of
+from tfspark.graphdef.functions import trace_graph
 
 
 def program_from_keras(
@@ -96,32 +90,7 @@ def program_from_keras(
     graph = trace_graph(step, step_signature(infos))
     model._clear_losses()  # they are tensors of the traced graph
     states = _used_states(model, graph, connected, compile_loss)
-    purified = purify_function(graph, [*connected, *states], seeded=True)
-    first_rest = len(connected) + len(states)
-    paths = unique_names([path_of(v) for v in [*connected, *states]])
-    weights = tuple(
-        Weight(path, tuple(v.shape), group_of(path_of(v)) if group_of else 0)
-        for path, v in zip(paths, connected, strict=False)
-    )
-    slots = tuple(
-        StateSlot(
-            path, dtype_of(v), tuple(v.shape), state_kind(path, dtype_of(v), v.shape, written)
-        )
-        for path, v, written in zip(
-            paths[len(weights) :], states, purified.written[len(weights) : first_rest], strict=True
-        )
-    )
-    rest = tuple(variable.numpy() for variable in purified.variables[first_rest:])
-    program = assemble(Step(purified.graph, weights, slots, tuple(range(len(infos))), rest))
-    return BoundProgram(
-        program,
-        join([variable.numpy() for variable in connected], program.dtype),
-        tuple(variable.numpy() for variable in states),
-        tuple(connected),
-        tuple(states),
-        _write,
-        _read,
-    )
+    return bind(graph, connected, len(infos), group_of, states)
 
 
 def check_model(model: Any) -> None:
@@ -179,16 +148,6 @@ def call_model(model: keras.Model, x: Any, training: bool) -> Any:
     if model._call_has_training_arg:
         return model(x, training=training)
     return model(x)
-
-
-def path_of(variable: Any) -> str:
-    """The path of a Keras variable, the name of a `tf.Variable`."""
-    return getattr(variable, "path", None) or variable.name.split(":")[0]
-
-
-def dtype_of(variable: Any) -> str:
-    """TensorFlow's name of a variable's dtype."""
-    return tf.as_dtype(variable.dtype).name
 
 
 def compile_loss_of(model: keras.Model, loss: Any, loss_weights: Any) -> Any:
@@ -285,12 +244,3 @@ def _used_states(
     keras_variables = {id(v.value.handle): v for v in model.variables}
     every = {**keras_variables, **{id(v.handle): v for v in graph.variables}, **keras_variables}
     return [v for key, v in every.items() if key in captured and key not in left_out]
-
-
-def _write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
-
-
-def _read(variables: Sequence[Any]) -> list[np.ndarray]:
-    return [variable.numpy() for variable in variables]

@@ -13,8 +13,8 @@ from tensorflow.core.framework import attr_value_pb2, graph_pb2
 from tensorflow.python.eager import context
 from tensorflow.python.eager.polymorphic_function import atomic_function
 
+from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.pure import PureGraph
-from tfspark.graphdef.rewrite import trace_graph
 from tfspark.graphdef.variables import call
 
 Loaded = Callable[..., list[tf.Tensor]]

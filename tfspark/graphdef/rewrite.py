@@ -18,24 +18,16 @@ random numbers, is one more argument, and a loop changes it in every iteration.
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.core.framework import function_pb2, graph_pb2, node_def_pb2
-from tensorflow.python.framework import func_graph as func_graph_lib
-from tensorflow.python.framework import (
-    function_def_to_graph,
-    graph_to_function_def,
-    importer,
-    op_def_registry,
-)
+from tensorflow.core.framework import node_def_pb2
 
 from tfspark.errors import ProgramError
+from tfspark.graphdef.functions import Library, trace_graph
+from tfspark.graphdef.nodes import ancestors, inputs_of, prune, topological
 from tfspark.graphdef.randomness import RANDOM_OPS, next_iteration, stateless
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
@@ -62,18 +54,6 @@ _SCATTERS = {
 }
 _SCATTERS |= {f"Resource{name}": function for name, function in _SCATTERS.items()}
 _ND_SCATTERS = {name.replace("Scatter", "ScatterNd"): f for name, f in _SCATTERS.items()}
-
-# Stateful by registration only: what they keep lives and dies within one run of a v1 loop.
-_LOCAL = re.compile("Stack(Push|Pop|Close)?V2|TensorArray.*V3")
-
-# What else is stateful and has no place in a pure graph, and what to do about it.
-_REMEDIES = (
-    ("Table", "look words up in the data set's map, or use a keras.layers.StringLookup there"),
-    ("Queue|Reader|Iterator|Dataset|Stack|Barrier|Staging", "feed the data through a TFDataset"),
-    ("PyFunc", "write it with TensorFlow operations, or do it in the RDD before the TFDataset"),
-    ("Rng|Stateful.*", "use tf.random.uniform and its like, or keras.random with a SeedGenerator"),
-    ("Read|Assign|Var|Scatter|Apply", "let the loss only read its variables and assign them"),
-)
 
 
 @dataclass(frozen=True)
@@ -109,81 +89,19 @@ class VariableInput:
 Value = str | Handle
 
 
-class Library:
-    """The functions of a source graph, and those written anew for the pure one."""
-
-    def __init__(self, graph: tf.Graph, variables: Sequence[VariableInput]):
-        self.graph = graph
-        self.variables = variables
-        self.source = {f.signature.name: f for f in graph.as_graph_def().library.function}
-        self.new: dict[str, function_pb2.FunctionDef] = {}
-        self._graphs: dict[str, func_graph_lib.FuncGraph] = {}
-        self._random: dict[str, bool] = {}
-
-    def body(self, name: str) -> func_graph_lib.FuncGraph:
-        """A function of the source as a graph."""
-        if name not in self._graphs:
-            with self.graph.as_default():
-                self._graphs[name] = function_def_to_graph.function_def_to_graph(self.source[name])
-        return self._graphs[name]
-
-    def is_random(self, name: str) -> bool:
-        """Whether a function of the source, or one that it calls, draws random numbers."""
-        if name not in self._random:
-            self._random[name] = False
-            self._random[name] = any(
-                node.op in RANDOM_OPS or any(self.is_random(f) for f in called_functions(node))
-                for node in self.source[name].node_def
-            )
-        return self._random[name]
-
-    def closure(self, nodes: Iterable[node_def_pb2.NodeDef]) -> list[function_pb2.FunctionDef]:
-        """The functions that nodes call, and those that these call."""
-        found: dict[str, function_pb2.FunctionDef] = {}
-        pending = [name for node in nodes for name in called_functions(node)]
-        while pending:
-            name = pending.pop()
-            if name not in found:
-                found[name] = self.new.get(name) or self.source[name]
-                pending += [f for node in found[name].node_def for f in called_functions(node)]
-        return list(found.values())
-
-    def add(self, stem: str, nodes: list[node_def_pb2.NodeDef], outputs: Sequence[str]) -> str:
-        """Makes a function of nodes, whose placeholders `arg0`, `arg1`… are the arguments."""
-        definition = graph_pb2.GraphDef(node=nodes)
-        definition.versions.CopyFrom(self.graph.graph_def_versions)
-        definition.library.function.extend(self.closure(nodes))
-        with tf.Graph().as_default() as graph:
-            importer.import_graph_def(definition, name="")
-            arguments = [
-                graph.get_tensor_by_name(f"{node.name}:0")
-                for node in nodes
-                if node.op == "Placeholder"
-            ]
-            results = [tf.identity(graph.get_tensor_by_name(full(o))) for o in outputs]
-        function = graph_to_function_def.graph_to_function_def(
-            graph, graph.get_operations(), arguments, results
-        )
-        # TensorFlow knows functions by name, process-wide: equal names must mean equal functions.
-        digest = hashlib.sha256(function.SerializeToString(deterministic=True)).hexdigest()
-        name = f"{stem[:80]}_{digest[:16]}"
-        function.signature.name = name
-        self.new[name] = function
-        return name
-
-
 class Emitter:
     """One graph under construction: the pure graph itself, or the body of one of its functions.
 
     Attributes:
-        library: shared by all emitters of one rewrite.
+        library, variables: shared by all emitters of one rewrite.
         nodes: of the new graph, by name.
         versions: of each variable, oldest first: (mask of the write, tensor).
         seed: the int64 `[2]` tensor that randomness comes from, if there is one.
     """
 
-    def __init__(self, library: Library, seed: str | None):
+    def __init__(self, library: Library, variables: Sequence[VariableInput], seed: str | None):
         self.library = library
+        self.variables = variables
         self.nodes: dict[str, node_def_pb2.NodeDef] = {}
         self.versions: dict[int, list[tuple[int, str]]] = {}
         self.seed = seed
@@ -238,11 +156,11 @@ class Emitter:
             mask: the writes that precede the whole walk.
             anchors: control inputs of operations without inputs, where v1 control flow needs them.
         """
-        operations = _needed(roots)
+        operations = list(ancestors(roots).values())
         if not prefix:
             self._keeps_control = any(op.type in V1_CONTROL_FLOW for op in operations)
         walk = _Walk(self, dict(known), prefix, mask, anchors)
-        for op in _topological(operations):
+        for op in topological(operations):
             walk.visit(op)
         return walk
 
@@ -272,6 +190,7 @@ class _Walk:
     ):
         self.emitter = emitter
         self.library = emitter.library
+        self.variables = emitter.variables
         self.values = values
         self.prefix = prefix
         self.mask = mask  # of all writes so far: what follows a call depends on them
@@ -282,7 +201,7 @@ class _Walk:
 
     def visit(self, op: Any) -> None:
         """Emits one operation; its inputs were visited before, except around v1 loops."""
-        masks = [self._masks.get(x.name, self._base) for x in _inputs(op)]
+        masks = [self._masks.get(x.name, self._base) for x in inputs_of(op)]
         before = self._base
         for mask in masks:
             before |= mask
@@ -397,7 +316,7 @@ class _Walk:
     def _pass_on(self, op: Any, kind: str, handle: Handle, inputs: Sequence[Value]) -> None:
         """A v1 Switch or Enter of a handle becomes one of the value."""
         node = self._copy(op, [self.read(op, value) for value in inputs], kind=kind)
-        dtype = self.library.variables[handle.variable].dtype
+        dtype = self.variables[handle.variable].dtype
         node.attr["T"].type = dtype.base_dtype.as_datatype_enum
         for tensor in op.outputs:
             self.values[tensor.name] = Handle(handle.variable, str(self.values[tensor.name]))
@@ -408,7 +327,7 @@ class _Walk:
             self._alias(op, value)
         elif op.type == "VariableShape":
             node = self._copy(op, [value], kind="Shape")
-            dtype = self.library.variables[handle.variable].dtype
+            dtype = self.variables[handle.variable].dtype
             node.attr["T"].type = dtype.base_dtype.as_datatype_enum
         elif op.type == "ResourceGatherNd":
             self.values[op.outputs[0].name] = self._inline(op, tf.gather_nd, inputs)
@@ -424,7 +343,7 @@ class _Walk:
             combine = _ASSIGNMENTS[op.type]
             new = self.read(op, inputs[1])
             if combine is not None:
-                dtype = self.library.variables[handle.variable].dtype
+                dtype = self.variables[handle.variable].dtype
                 base = self._versions(handle)[-1][1]
                 node = self.emitter._node(combine, self.emitter._unique(name), [base, new])
                 node.attr["T"].type = dtype.base_dtype.as_datatype_enum
@@ -447,7 +366,7 @@ class _Walk:
 
     def _write(self, op: Any, handle: Handle, new: str) -> None:
         if handle.value is not None:
-            name = self.library.variables[handle.variable].name
+            name = self.variables[handle.variable].name
             raise ProgramError(
                 "A variable must not be assigned inside tf.compat.v1.cond or while_loop. "
                 f"Received: operation {op.name!r} ({op.type}) assigns {name!r} there. Assign it "
@@ -490,7 +409,7 @@ class _Walk:
         specs = []
         for tensor, value in zip(op.inputs, inputs, strict=False):
             if isinstance(value, Handle):
-                variable = self.library.variables[value.variable]
+                variable = self.variables[value.variable]
                 specs.append(tf.TensorSpec(variable.shape, variable.dtype.base_dtype))
             else:
                 specs.append(tf.TensorSpec(tensor.shape, tensor.dtype.base_dtype))
@@ -517,11 +436,11 @@ class _Walk:
     ) -> _Body:
         """Walks a body of control flow as a function of its own."""
         source = self.library.body(name)
-        inner = Emitter(self.library, None)
+        inner = Emitter(self.library, self.variables, None)
         known: dict[str, Value] = {}
         for i, (tensor, value) in enumerate(zip(source.inputs, inputs, strict=True)):
             if isinstance(value, Handle):
-                variable = self.library.variables[value.variable]
+                variable = self.variables[value.variable]
                 argument = inner.placeholder(f"arg{i}", variable.dtype, variable.shape)
                 inner.versions.setdefault(value.variable, [(0, argument)])
                 known[tensor.name] = Handle(value.variable)
@@ -556,8 +475,8 @@ class _Walk:
             tensors.append(self._need_seed(op.name))
         kind = op.type if op.type.startswith("Stateless") else f"Stateless{op.type}"
         node = self._copy(op, tensors, kind=kind)
-        variables = [self.library.variables[variable] for variable in written]
-        _set_types(node.attr["Tin"], op.inputs[1:], inputs[1:], self.library.variables, seeded)
+        variables = [self.variables[variable] for variable in written]
+        _set_types(node.attr["Tin"], op.inputs[1:], inputs[1:], self.variables, seeded)
         node.attr["Tout"].list.type.extend(v.dtype.base_dtype.as_datatype_enum for v in variables)
         if node.attr["output_shapes"].list.shape:
             node.attr["output_shapes"].list.shape.extend(v.shape.as_proto() for v in variables)
@@ -587,11 +506,11 @@ class _Walk:
         node = self._copy(op, tensors, kind="StatelessWhile")
         node.attr["cond"].func.name = condition.finish(self.library)
         node.attr["body"].func.name = body.finish(self.library)
-        _set_types(node.attr["T"], op.inputs, inputs, self.library.variables, seeded)
+        _set_types(node.attr["T"], op.inputs, inputs, self.variables, seeded)
         del node.attr["output_shapes"].list.shape[:]
         for shape, value in zip(shapes, inputs, strict=True):
             handle = isinstance(value, Handle)
-            kept = self.library.variables[value.variable].shape if handle else shape  # type: ignore[union-attr]
+            kept = self.variables[value.variable].shape if handle else shape  # type: ignore[union-attr]
             node.attr["output_shapes"].list.shape.append(kept.as_proto())
         if seeded:
             node.attr["output_shapes"].list.shape.append(tf.TensorShape([2]).as_proto())
@@ -604,7 +523,7 @@ class _Walk:
                     self._write(op, value, f"{node.name}:{i}" if i else node.name)
 
     def _refuse(self, op: Any, handle: Handle) -> None:
-        name = self.library.variables[handle.variable].name
+        name = self.variables[handle.variable].name
         raise ProgramError(
             "A program's graph reads its variables and assigns, adds to or scatters into them. "
             f"Received: operation {self.prefix}{op.name!r} of type {op.type} on variable {name!r}."
@@ -627,70 +546,6 @@ class _Body:
         return library.add(self.name, prune(nodes, [*arguments, *self.outputs]), self.outputs)
 
 
-def trace_graph(
-    function: Callable[..., Any], signature: Sequence[tf.TensorSpec], ordered: bool = True
-) -> Any:
-    """A FuncGraph of a function of tensors, in whatever eager mode the process is.
-
-    Args:
-        function: called with one symbolic tensor per entry of `signature`.
-        signature: dtypes and shapes.
-        ordered: put the effects of stateful operations in program order; not for a function that
-            only calls pure graphs, whose v1 loops must not get more control edges.
-    """
-    return func_graph_lib.func_graph_from_py_func(
-        "traced", function, args=tuple(signature), kwargs={}, add_control_dependencies=ordered
-    )
-
-
-def prune(nodes: dict[str, Any], outputs: Iterable[str]) -> list[Any]:
-    """The nodes that the output tensors need, in their old order."""
-    kept: set[str] = set()
-    pending = [output.split(":")[0] for output in outputs]
-    while pending:
-        name = pending.pop()
-        if name not in kept:
-            kept.add(name)
-            pending += [x.lstrip("^").split(":")[0] for x in nodes[name].input]
-    return [node for name, node in nodes.items() if name in kept]
-
-
-def check_pure(nodes: Iterable[Any], allow: frozenset[str]) -> None:
-    """Refuses operations that have or read a state.
-
-    Raises:
-        ProgramError: names the operation, its type and the remedy.
-    """
-    for node in nodes:
-        definition = op_def_registry.get(node.op)
-        random = node.op in RANDOM_OPS
-        harmless = node.op in allow or node.op == "Placeholder" or _LOCAL.fullmatch(node.op)
-        if definition is None or harmless or not (definition.is_stateful or random):
-            continue
-        remedy = next((r for kinds, r in _REMEDIES if re.search(kinds, node.op)), "remove it")
-        if random:
-            remedy = "draw random numbers outside tf.map_fn with a function, or data set functions"
-        raise ProgramError(
-            "A program's graph must give the same outputs for the same inputs. Received: "
-            f"operation {node.name!r} of type {node.op}, which keeps a state. Please {remedy}."
-        )
-
-
-def called_functions(node: Any) -> list[str]:
-    """Names of the functions in a node's attributes."""
-    names = []
-    for attr in node.attr.values():
-        if attr.WhichOneof("value") == "func":
-            names.append(attr.func.name)
-        names += [function.name for function in attr.list.func]
-    return names
-
-
-def full(tensor: str) -> str:
-    """A tensor's name with its output index."""
-    return tensor if ":" in tensor else f"{tensor}:0"
-
-
 def _raw(op: Any, name: str, attributes: str) -> Callable[..., Any]:
     keywords = {attribute: op.get_attr(attribute) for attribute in attributes.split()}
     return lambda **tensors: getattr(tf.raw_ops, name)(**tensors, **keywords)
@@ -711,50 +566,3 @@ def _set_types(
     attr.list.type.extend(dtype.base_dtype.as_datatype_enum for dtype in dtypes)
     if seeded:
         attr.list.type.append(tf.int64.as_datatype_enum)
-
-
-def _inputs(op: Any) -> list[Any]:
-    return [tensor.op for tensor in op.inputs] + list(op.control_inputs)
-
-
-def _needed(roots: Iterable[Any]) -> list[Any]:
-    seen: dict[str, Any] = {}
-    pending = list(roots)
-    while pending:
-        op = pending.pop()
-        if op.name not in seen:
-            seen[op.name] = op
-            pending += _inputs(op)
-    return list(seen.values())
-
-
-def _topological(operations: Sequence[Any]) -> list[Any]:
-    """In order of dependencies, then of creation; the back edges of v1 loops do not count."""
-    # Operations know no creation index in public: their graph lists them in that order.
-    position = (
-        {op.name: i for i, op in enumerate(operations[0].graph.get_operations())}
-        if operations
-        else {}
-    )
-    waiting: dict[str, int] = {}
-    consumers: dict[str, list[Any]] = {}
-    ready: list[tuple[int, str]] = []
-    by_name = {op.name: op for op in operations}
-    for op in operations:
-        sources = {
-            x.name for x in _inputs(op) if x.type not in ("NextIteration", "RefNextIteration")
-        }
-        waiting[op.name] = len(sources)
-        for source in sources:
-            consumers.setdefault(source, []).append(op)
-        if not sources:
-            heapq.heappush(ready, (position[op.name], op.name))
-    order = []
-    while ready:
-        _, name = heapq.heappop(ready)
-        order.append(by_name[name])
-        for consumer in consumers.get(name, ()):
-            waiting[consumer.name] -= 1
-            if not waiting[consumer.name]:
-                heapq.heappush(ready, (position[consumer.name], consumer.name))
-    return order

@@ -11,18 +11,10 @@ import tensorflow as tf
 from tensorflow.core.framework import function_pb2, graph_pb2
 
 from tfspark.errors import ProgramError
+from tfspark.graphdef.functions import Library, trace_graph
+from tfspark.graphdef.nodes import check_pure, full, prune
 from tfspark.graphdef.pure import PureGraph, TensorInfo
-from tfspark.graphdef.rewrite import (
-    Emitter,
-    Handle,
-    Library,
-    Value,
-    VariableInput,
-    check_pure,
-    full,
-    prune,
-    trace_graph,
-)
+from tfspark.graphdef.rewrite import Emitter, Handle, Value, VariableInput
 
 
 @dataclass(frozen=True)
@@ -150,8 +142,8 @@ def purify(
     Raises:
         ProgramError: an operation is neither pure nor a variable's; names it and the remedy.
     """
-    library = Library(graph, variables)
-    emitter = Emitter(library, None)
+    library = Library(graph)
+    emitter = Emitter(library, variables, None)
     known: dict[str, Value] = {}
     names = []
     for tensor in inputs:

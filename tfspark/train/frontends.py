@@ -10,18 +10,19 @@ import tensorflow as tf
 from tfspark.data.dataset import TFDataset, dataset_of
 from tfspark.errors import InvalidInputError, ProgramError
 from tfspark.graph.assembly import BoundProgram
+from tfspark.graph.eager import name_of
 from tfspark.graph.evaluation import (
     evaluation_from_function,
     evaluation_from_graph,
     evaluation_from_keras,
 )
-from tfspark.graph.from_function import name_of as function_name_of
 from tfspark.graph.from_function import program_from_function
-from tfspark.graph.from_graph import ancestors, program_from_loss
 from tfspark.graph.from_graph import name_of as graph_name_of
+from tfspark.graph.from_graph import program_from_loss
 from tfspark.graph.from_keras import build, check_model, program_from_keras
 from tfspark.graph.from_train_op import program_from_train_op
 from tfspark.graph.program import Evaluation
+from tfspark.graphdef.nodes import ancestors
 from tfspark.train.metrics import metrics_from
 
 Metrics = Sequence[Any]
@@ -129,7 +130,7 @@ class FunctionFrontEnd:
         self._metrics = metrics_from(metrics)
 
     def trainable(self) -> tuple[list[str], list[Any]]:
-        return [function_name_of(variable) for variable in self._variables], self._variables
+        return [name_of(variable) for variable in self._variables], self._variables
 
     def program(self, group_of: Callable[[str], int]) -> BoundProgram:
         self._bound = program_from_function(
