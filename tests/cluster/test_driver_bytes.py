@@ -33,7 +33,7 @@ SOURCE = """
             optimizer=keras.optimizers.SGD(0.1), engine="shuffle", num_ranks=2, progress=False,
         )
         training.optimize(MaxIteration(1))
-        loop, never = training._training, SeveralIteration(10**6)
+        loop, never = training._training.loop, SeveralIteration(10**6)
         before = received()
         loop.train(MaxIteration(1 + STEPS), never, never)
         trained = received()

@@ -26,7 +26,7 @@ SOURCE = """
         x, y = MODELS["convolution"][1](20, 0)
         model.compile(loss=MODELS["convolution"][0]()[1], metrics=["accuracy"])
         result["expected"] = model.evaluate(x, y, verbose=0, return_dict=True)
-        loop = training._training
+        loop = training._training.loop
         states = loop.engine.map_states(loop.commit, report)
         result["ranks"] = [rank for rank, _, _ in states]
         result["package"] = sorted(set(path for _, _, path in states))

@@ -19,7 +19,7 @@ def loop(sc):
         num_ranks=2, progress=False,
     )  # fmt: skip
     training.optimize(MaxIteration(2))
-    yield training._training
+    yield training._training.loop
     training.close()
 
 

@@ -125,7 +125,7 @@ def test_a_commit_outlives_a_round_whose_result_was_lost(sc):
     """An interrupt may come when the engine has the new commit and the caller not yet."""
     model, optimizer = training("shuffle")
     optimizer.optimize(MaxIteration(2))
-    loop = optimizer._training
+    loop = optimizer._training.loop
     assert loop is not None
     commit, progress = loop.commit, loop.progress
     optimizer.optimize(MaxIteration(3))

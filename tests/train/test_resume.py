@@ -31,6 +31,7 @@ from tfspark import (
 from tfspark.errors import CheckpointError, InvalidInputError
 from tfspark.train import manifest as manifest_module
 from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.training import Training as Started
 
 ROWS, BATCH = 38, 8  # five steps an epoch, the last of six rows
 LOSS = "sparse_categorical_crossentropy"
@@ -144,7 +145,7 @@ def test_schedules_remember_scores(tmp_path):
     def run(*ends, model_dir=None):
         for end in ends:
             training = Training(model_dir, val=True)
-            groups = training.optimizer._groups
+            groups = training.optimizer._recipe.groups
             training.optimizer.optimize(MaxIteration(end), SeveralIteration(4), SeveralIteration(1))
         return training.state(), groups.state()
 
@@ -175,7 +176,8 @@ def test_another_number_of_ranks(tmp_path, ranks):
     other = Training(tmp_path, ranks=ranks)
     contents = []
     for training in (saved, other):
-        loop = training.optimizer._started()
+        recipe = training.optimizer._recipe
+        loop = Started(recipe, recipe.newest_checkpoint()).loop
         states = list(loop.engine.map_states(loop.commit, lambda run, state: state))
         layout, updates = loop.run.layout, loop.run.updates
         vectors = [
@@ -288,13 +290,49 @@ def test_the_same_model_under_other_names_gets_a_hint(tmp_path):
 def test_another_optimizer_is_refused_by_its_slots(tmp_path):
     Training(tmp_path).to(2)
     training = Training(tmp_path)
-    dataset = training.optimizer._dataset
+    dataset = training.optimizer._recipe.dataset
     sgd = TFOptimizer.from_keras(
         model(), dataset, model_dir=str(tmp_path), loss=LOSS, optimizer="sgd",
         engine="local", progress=False,
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"SGD with slots.*saved: Adam with slots"):
         sgd.optimize()
+
+
+def test_weights_are_loaded_without_what_the_optimizer_remembers(tmp_path):
+    """Another optimizer, and a layer frozen that was trained; random draws start anew."""
+    trained = Training(tmp_path)
+    trained.to(6)
+    tuned = model()
+    tuned.get_layer("hidden").trainable = False
+    optimizer = TFOptimizer.from_keras(
+        tuned, trained.optimizer._recipe.dataset, loss=LOSS, optimizer="sgd", engine="local",
+        num_ranks=2, progress=False,
+    )  # fmt: skip
+    assert optimizer.load_weights(str(tmp_path)) is optimizer
+
+    def of(a_model):
+        return {v.path: v.numpy() for v in a_model.variables if "seed" not in v.path}
+
+    assert_same_bits(list(of(tuned).values()), list(of(trained.model).values()))
+    optimizer.optimize(MaxIteration(2))
+    assert optimizer.step == 2
+    moved = {path for path, value in of(tuned).items() if (value != of(trained.model)[path]).any()}
+    assert {"model/out/kernel", "model/norm/moving_mean"} < moved
+    assert not moved & {"model/hidden/kernel", "model/hidden/bias", "model/frozen/kernel"}
+
+
+def test_weights_of_another_model_are_not_loaded(tmp_path):
+    Training(tmp_path).to(2)
+    other = Training(make=lambda: model(hidden=9))
+    before = other.state()
+    with pytest.raises(CheckpointError, match=r"hidden/kernel.*norm/moving_mean"):
+        other.optimizer.load_weights(str(tmp_path))
+    assert_same_bits(other.state(), before)
+    with pytest.raises(CheckpointError, match="none in"):
+        other.optimizer.load_weights(str(tmp_path / "nothing"))
+    with pytest.raises(InvalidInputError, match=r"no checkpoint then.*with step 2"):
+        Training(tmp_path).optimizer.load_weights(str(tmp_path))
 
 
 def test_a_model_dir_that_cannot_be_written_stops_before_training(tmp_path):

@@ -225,16 +225,45 @@ def compare_tensors(manifest: Manifest, weights: Sequence[Weight], dtype: str = 
     Raises:
         CheckpointError: names every tensor that is missing, left over or different.
     """
-    saved = {entry.name: (entry.shape, entry.dtype) for entry in manifest.tensors}
-    wanted = {weight.name: (tuple(weight.shape), dtype) for weight in weights}
+    _compare(
+        manifest,
+        {entry.name: (entry.dtype, entry.shape) for entry in manifest.tensors},
+        {weight.name: (dtype, tuple(weight.shape)) for weight in weights},
+    )
+
+
+def compare_variables(
+    manifest: Manifest, weights: Sequence[Weight], dtype: str, state: Sequence[StateSlot]
+) -> None:
+    """Like `compare_tensors`, for weights and model state together.
+
+    So a weight may be trained here and frozen there. Where random draws stand is not compared.
+    """
+    _compare(
+        manifest,
+        {entry.name: (entry.dtype, entry.shape) for entry in manifest.tensors}
+        | _shapes(manifest.state),
+        {weight.name: (dtype, tuple(weight.shape)) for weight in weights} | _shapes(state),
+    )
+
+
+def _shapes(state: Sequence[StateSlot]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {slot.name: (slot.dtype, tuple(slot.shape)) for slot in state if slot.kind != "seed"}
+
+
+def _compare(
+    manifest: Manifest,
+    saved: Mapping[str, tuple[str, tuple[int, ...]]],
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> None:
     differences = [f"{name}: only in the model" for name in wanted if name not in saved] + [
         f"{name}: only in the checkpoint" for name in saved if name not in wanted
     ]
     for name in wanted:
         if name in saved and saved[name] != wanted[name]:
             differences.append(
-                f"{name}: {wanted[name][1]} {wanted[name][0]} in the model, "
-                f"{saved[name][1]} {saved[name][0]} in the checkpoint"
+                f"{name}: {wanted[name][0]} {wanted[name][1]} in the model, "
+                f"{saved[name][0]} {saved[name][1]} in the checkpoint"
             )
     hint = ""
     if list(saved.values()) == list(wanted.values()):

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-import numpy as np
-from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
-from tfspark.context import slots, task_threads
 from tfspark.data.dataset import TFDataset
-from tfspark.data.order import BatchOrder
-from tfspark.errors import CheckpointError, InvalidInputError, TFSparkError
-from tfspark.graph.assembly import BoundProgram
-from tfspark.graph.clipping import Clipping
-from tfspark.graph.evaluation import results
-from tfspark.graph.update import clipping_of, update_program
-from tfspark.sync.engine import Engine, Run
-from tfspark.train.checkpoint import CheckpointStore, Retention
-from tfspark.train.engines import choose_engine, make_engine, materialise
+from tfspark.errors import CheckpointError, InvalidInputError
+from tfspark.train.checkpoint import CheckpointStore
 from tfspark.train.frontends import (
     FrontEnd,
     FunctionFrontEnd,
@@ -31,58 +17,12 @@ from tfspark.train.frontends import (
     KerasFrontEnd,
     graph_metrics,
 )
-from tfspark.train.groups import ParameterGroups, parameter_groups
-from tfspark.train.leftovers import release_with
-from tfspark.train.loop import TrainingLoop, progress_at, score_of
-from tfspark.train.manifest import Manifest, compare_tensors
-from tfspark.train.progress import planned_steps, progress_reporter
-from tfspark.train.saving import (
-    FromCheckpoint,
-    FromValues,
-    Here,
-    Trained,
-    check_resumable,
-    newest_whole,
-)
+from tfspark.train.manifest import Manifest
+from tfspark.train.recipe import Recipe, Settings
+from tfspark.train.saving import FromCheckpoint, newest_whole
 from tfspark.train.summary import TrainSummary, ValidationSummary
+from tfspark.train.training import Training
 from tfspark.train.triggers import EveryEpoch, MaxEpoch, Trigger, check_trigger
-
-logger = logging.getLogger("tfspark")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a training runs, whatever it trains.
-
-    Attributes:
-        engine: "auto", "local" or "shuffle".
-        num_ranks: None: the slots of the application.
-        accumulation_steps: parts in which a rank computes its rows of a batch.
-        clip_norm: the most that the L2 norm of the whole gradient may be.
-        clip_value: (smallest, largest) of every element of the gradient.
-        model_dir: where checkpoints go, and where a rerun goes on from; None: nowhere.
-        retention: which checkpoints stay.
-        progress: whether to show progress.
-    """
-
-    engine: str = "auto"
-    num_ranks: int | None = None
-    accumulation_steps: int = 1
-    clip_norm: float | None = None
-    clip_value: tuple[float, float] | None = None
-    model_dir: str | None = None
-    retention: Retention = field(default_factory=Retention)
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("num_ranks", "accumulation_steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InvalidInputError(
-                    f"{name} is a whole number of at least 1. Received: {value!r}."
-                )
-        # The one place that knows what a valid clipping is.
-        Clipping(value=self.clip_value, global_norm=self.clip_norm)
 
 
 class TFOptimizer:
@@ -112,31 +52,10 @@ class TFOptimizer:
     def __init__(
         self, front_end: FrontEnd, dataset: TFDataset, optim_method: Any, settings: Settings
     ):
-        if dataset.batch_size is None:
-            raise InvalidInputError(
-                "Training needs a global batch size. Received: a TFDataset without batch_size "
-                "(batch_per_thread is for evaluation and prediction). Pass batch_size=…."
-            )
         self._front_end = front_end
-        self._dataset = dataset
-        self._batch_size: int = dataset.batch_size
-        self._settings = settings
-        names, variables = front_end.trainable()
-        self._groups: ParameterGroups = parameter_groups(optim_method, names, variables)
-        self._bound: BoundProgram = front_end.program(self._groups.group_of)
-        self._updates = self._make_updates()
-        self._evaluation = front_end.evaluation()
-        if dataset.validation is not None and self._evaluation is None:
-            raise InvalidInputError(
-                "A validation set needs something to measure. Received: a TFDataset with "
-                "validation data, but no metrics. Pass metrics=…, or val_outputs, val_labels and "
-                "val_method."
-            )
-        self._store = CheckpointStore(settings.model_dir) if settings.model_dir else None
-        if self._store is not None:
-            self._store.check_writable()
+        self._recipe = Recipe.of(front_end, dataset, optim_method, settings)
         self._requested: FromCheckpoint | None = None
-        self._training: TrainingLoop | None = None
+        self._training: Training | None = None
         self.train_summary: TrainSummary | None = None
         self.val_summary: ValidationSummary | None = None
 
@@ -414,19 +333,13 @@ class TFOptimizer:
         validation = check_trigger(
             checkpoint if validation_trigger is None else validation_trigger, "validation_trigger"
         )
-        training = self._started()
-        training.train_summary, training.validation_summary = self.train_summary, self.val_summary
-        start = training.progress
-        try:
-            with progress_reporter(
-                self._settings.progress, planned_steps(end, start), start.step
-            ) as reporter:
-                training.reporter = reporter
-                training.train(end, checkpoint, validation)
-        except BaseException:
-            self._bring_home_if_possible(training)
-            raise
-        training.insist(lambda: self._bring_home(training))
+        if self._training is None:
+            saved = self._requested or self._recipe.newest_checkpoint()
+            self._training = Training(self._recipe, saved)
+            self._requested = None
+        loop = self._training.loop
+        loop.train_summary, loop.validation_summary = self.train_summary, self.val_summary
+        self._training.train(end, checkpoint, validation)
         return self
 
     def load_checkpoint(self, path: str, version: int | None = None) -> TFOptimizer:
@@ -436,20 +349,44 @@ class TFOptimizer:
             path: the `model_dir` of the run that wrote it.
             version: its step; default: the newest whole one.
 
+        Returns:
+            This optimizer.
+
         Raises:
             CheckpointError: there is none, or it is of another model or optimizer.
         """
-        store = CheckpointStore(path)
-        if version is None:
-            manifest = newest_whole(store, SparkContext._active_spark_context)
-            if manifest is None:
-                raise CheckpointError(
-                    f"There must be a whole checkpoint to load. Received: none in {path!r}."
-                )
-        else:
-            manifest = store.read(version)
+        found = self._recipe.resumable(*_checkpoint(path, version))
         self.close()
-        self._requested = self._checked(store, manifest)
+        self._requested = found
+        return self
+
+    def load_weights(self, path: str, version: int | None = None) -> TFOptimizer:
+        """Starts from the weights and the model state of a checkpoint, and nothing else of it.
+
+        Steps are counted from 0, and the optimizers may be others than those that wrote it. The
+        session, the model or the variables hold the weights at once.
+
+        Args:
+            path: the `model_dir` of the run that wrote it.
+            version: its step; default: the newest whole one.
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            CheckpointError: there is none, or its tensors differ from the model's.
+            InvalidInputError: this optimizer has a `model_dir` with a checkpoint to go on from.
+        """
+        found = self._recipe.newest_checkpoint()
+        if found is not None:
+            raise InvalidInputError(
+                "Weights are loaded to start anew, and model_dir must have no checkpoint then. "
+                f"Received: model_dir={found.store.model_dir!r} with step {found.manifest.step}. "
+                "Use another model_dir."
+            )
+        store, manifest = _checkpoint(path, version)
+        self.close()
+        self._recipe.load_weights(store, manifest)
         return self
 
     @property
@@ -463,17 +400,17 @@ class TFOptimizer:
     @property
     def scores(self) -> dict[str, float]:
         """The scores of the last validation by name; empty before it."""
-        return dict(self._training.scores) if self._training else {}
+        return dict(self._training.loop.scores) if self._training else {}
 
     @property
     def batch_size(self) -> int:
         """Rows of a global batch."""
-        return self._batch_size
+        return self._recipe.batch_size
 
     @property
     def step(self) -> int:
         """Finished steps."""
-        return self._training.progress.step if self._training else 0
+        return self._training.loop.progress.step if self._training else 0
 
     def close(self) -> None:
         """Frees what is kept in Spark for going on.
@@ -482,10 +419,8 @@ class TFOptimizer:
         there is one, else with step 1 and the weights as they are.
         """
         if self._training is not None:
-            self._release()
+            self._training.close()
             self._training = None
-
-    # -- inside ---------------------------------------------------------------------------------
 
     def _with(self, **changes: Any) -> TFOptimizer:
         if self._training is not None:
@@ -493,183 +428,21 @@ class TFOptimizer:
                 f"{', '.join(changes)} must be set before training starts. Received: a change "
                 "after optimize(). Call close() to start anew."
             )
-        self._settings = replace(self._settings, **changes)
-        self._updates = self._make_updates()
+        self._recipe = self._recipe.changed(**changes)
         return self
 
-    def _make_updates(self) -> list[Any]:
-        return [
-            update_program(
-                group.optimizer,
-                self._bound.program.dtype,
-                clip_value=self._settings.clip_value,
-                weight_decay=group.weight_decay,
-            )
-            for group in self._groups.groups
-        ]
 
-    def _started(self) -> TrainingLoop:
-        """The training, set up when it is first asked for."""
-        if self._training is None:
-            context = SparkContext._active_spark_context
-            name = choose_engine(self._settings.engine, context)
-            num_ranks = self._settings.num_ranks or (slots(context) if context else 1)
-            saved = self._checkpoint_to_resume()
-            train_set = materialise(name, self._dataset, num_ranks, context)
-            flat, state = self._bound.values()
-            run = self._make_run(
-                train_set,
-                saved.store.read_state(saved.manifest) if saved else state,
-                num_ranks,
-                task_threads(context) if context else 1,
-            )
-            if saved:
-                _warn_of_changed_order(saved.manifest, run.order)
-            engine = make_engine(name, train_set, context)
-            sets = [train_set]
-            if self._dataset.validation is not None:
-                sets.append(materialise(name, self._dataset.validation, num_ranks, context))
-            initial = saved or _initial_state(flat, name, context)
-            self._release = release_with(self, partial(_close, engine, [*sets, initial], context))
-            self._training = self._make_training(engine, run, name, sets, context, initial)
-            self._requested = None
-        return self._training
-
-    def _make_run(
-        self, train_set: Any, state: Sequence[np.ndarray], num_ranks: int, threads: int
-    ) -> Run:
-        order = BatchOrder(
-            tuple(handle.rows for handle in train_set.handles),
-            self._batch_size,
-            self._dataset.seed,
-            self._dataset.shuffle,
+def _checkpoint(path: str, version: int | None) -> tuple[CheckpointStore, Manifest]:
+    """The checkpoint of a step, or the newest whole one."""
+    store = CheckpointStore(path)
+    if version is not None:
+        return store, store.read(version)
+    manifest = newest_whole(store, SparkContext._active_spark_context)
+    if manifest is None:
+        raise CheckpointError(
+            f"There must be a whole checkpoint to load. Received: none in {path!r}."
         )
-        return Run(
-            run_id=uuid.uuid4().hex,
-            program=self._bound.program,
-            updates=tuple(self._updates),
-            clippings=tuple(clipping_of(group.optimizer) for group in self._groups.groups),
-            order=order,
-            mapping=self._dataset.mapping,
-            seed=self._dataset.seed,
-            state=tuple(state),
-            num_ranks=num_ranks,
-            clip_norm=self._settings.clip_norm,
-            accumulation_steps=self._settings.accumulation_steps,
-            task_threads=threads,
-            digests=tuple(handle.digest for handle in train_set.handles),
-        )
-
-    def _make_training(
-        self,
-        engine: Engine,
-        run: Run,
-        name: str,
-        sets: list[Any],
-        context: SparkContext | None,
-        make_state: FromValues | FromCheckpoint,
-    ) -> TrainingLoop:
-        self._groups.bind(run.order.steps_per_epoch)
-        step, loss, scores = 0, None, {}
-        if isinstance(make_state, FromCheckpoint):
-            manifest = make_state.manifest
-            step, loss = manifest.step, manifest.training.get("loss")
-            scores = dict(manifest.metrics)
-            self._groups.restore(manifest.training["schedules"])
-            logger.info("Going on from step %d of %s.", step, make_state.store.model_dir)
-        training = TrainingLoop(
-            engine=engine,
-            run=run,
-            rates=self._groups,
-            commit=engine.start(run, make_state),
-            progress=progress_at(run.order, step, loss, score_of(scores)),
-            reporter=progress_reporter(False, None),
-            store=self._store,
-            retention=self._settings.retention,
-            scores=scores,
-        )
-        if self._dataset.validation is not None:
-            training.validate = self._validator(
-                engine, run, name, sets[1], self._dataset.validation
-            )
-        return training
-
-    def _validator(
-        self, engine: Engine, run: Run, name: str, held: Any, validation: TFDataset
-    ) -> Any:
-        assert self._evaluation is not None
-        evaluation, metrics = self._evaluation
-        handles = held.handles if name == "local" else held.rdd
-        batch_rows = validation.batch_per_thread or max(1, self._batch_size // run.num_ranks)
-
-        def validate(commit: Any) -> dict[str, float]:
-            accumulators = engine.evaluate(
-                commit, evaluation, handles, validation.mapping, batch_rows
-            )
-            return results(evaluation, metrics, accumulators)
-
-        return validate
-
-    def _checkpoint_to_resume(self) -> FromCheckpoint | None:
-        """The checkpoint that was asked for, or the newest whole one of `model_dir`."""
-        if self._requested is None and self._store is not None:
-            manifest = newest_whole(self._store, SparkContext._active_spark_context)
-            return None if manifest is None else self._checked(self._store, manifest)
-        return self._requested
-
-    def _checked(self, store: CheckpointStore, manifest: Manifest) -> FromCheckpoint:
-        """A checkpoint, if it is of this model and these optimizers."""
-        program = self._bound.program
-        compare_tensors(manifest, program.weights, program.dtype)
-        check_resumable(manifest, program, self._updates)
-        return FromCheckpoint(store, manifest)
-
-    def _bring_home(self, training: TrainingLoop) -> None:
-        """Sets the user's variables to the weights and model state of the newest commit."""
-        run = training.run
-        shards, means, first = [], [], []
-        for state in training.engine.collect(training.commit, Trained(self._averaged())):
-            shards.append(np.array(state.shard))
-            means.append(state.mean)
-            first = state.first
-        flat = run.layout.join(shards)
-        self._bound.assign(flat, run.state_layout.assemble(run.state, np.concatenate(means), first))
-
-    def _averaged(self) -> frozenset[int]:
-        return frozenset(
-            number for number, group in enumerate(self._groups.groups) if group.optimizer.use_ema
-        )
-
-    def _bring_home_if_possible(self, training: TrainingLoop) -> None:
-        try:
-            training.insist(lambda: self._bring_home(training))
-        except (TFSparkError, Py4JError) as error:
-            logger.warning(
-                "The weights of step %d could not be brought home: %s",
-                training.progress.step,
-                error,
-            )
-
-
-def _initial_state(flat: np.ndarray, name: str, context: SparkContext | None) -> FromValues:
-    """The initial weights, on their one way from the driver."""
-    if name == "local":
-        return FromValues(Here(flat))
-    assert context is not None
-    return FromValues(context.broadcast(flat))
-
-
-def _warn_of_changed_order(manifest: Manifest, order: BatchOrder) -> None:
-    saved = (manifest.training.get("rows_per_epoch"), manifest.batch_size, manifest.seed)
-    now = (order.total_rows, order.batch_size, order.seed)
-    if saved != now:
-        logger.warning(
-            "The order of batches differs from the checkpoint's: (rows, batch_size, seed) was %s "
-            "and is %s. Training goes on from step %d in the new order.",
-            saved,
-            now,
-            manifest.step,
-        )
+    return store, manifest
 
 
 def _bounds(value: Any) -> tuple[float, float] | None:
@@ -683,11 +456,3 @@ def _checked(value: Any, expected: type) -> Any:
     if not isinstance(value, expected):
         raise InvalidInputError(f"A {expected.__name__} is expected. Received: {value!r}.")
     return value
-
-
-def _close(engine: Engine, held: Sequence[Any], context: SparkContext | None) -> None:
-    if context is not None and context._jsc is None:
-        return  # Spark was stopped, and all that is held in it has gone
-    engine.close()
-    for each in held:
-        each.release()

@@ -207,7 +207,7 @@ def check_resumable(manifest: Manifest, program: Program, updates: Sequence[Upda
                 f"{wanted.name} with slots {[slot.name for slot in wanted.slots]} for "
                 f"{weight.name!r}; saved: {saved.optimizer} with slots "
                 f"{[slot.name for slot in saved.slots]}. Use the former optimizer, or another "
-                "model_dir and load the weights alone."
+                "model_dir and load_weights()."
             )
     saved_state, wanted_state = map(_comparable, (manifest.state, program.state))
     if saved_state != wanted_state:

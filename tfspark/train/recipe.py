@@ -1,0 +1,168 @@
+"""What is trained, and how: all that is known before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pyspark import SparkContext
+
+from tfspark.data.dataset import TFDataset
+from tfspark.errors import InvalidInputError
+from tfspark.graph.assembly import BoundProgram
+from tfspark.graph.clipping import Clipping
+from tfspark.graph.program import Evaluation, UpdateProgram
+from tfspark.graph.update import update_program
+from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.frontends import FrontEnd, Metrics
+from tfspark.train.groups import ParameterGroups, parameter_groups
+from tfspark.train.manifest import Manifest, compare_tensors, compare_variables
+from tfspark.train.saving import FromCheckpoint, check_resumable, newest_whole
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a training runs, whatever it trains.
+
+    Attributes:
+        engine: "auto", "local" or "shuffle".
+        num_ranks: None: the slots of the application.
+        accumulation_steps: parts in which a rank computes its rows of a batch.
+        clip_norm: the most that the L2 norm of the whole gradient may be.
+        clip_value: (smallest, largest) of every element of the gradient.
+        model_dir: where checkpoints go, and where a rerun goes on from; None: nowhere.
+        retention: which checkpoints stay.
+        progress: whether to show progress.
+    """
+
+    engine: str = "auto"
+    num_ranks: int | None = None
+    accumulation_steps: int = 1
+    clip_norm: float | None = None
+    clip_value: tuple[float, float] | None = None
+    model_dir: str | None = None
+    retention: Retention = field(default_factory=Retention)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_ranks", "accumulation_steps"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InvalidInputError(
+                    f"{name} is a whole number of at least 1. Received: {value!r}."
+                )
+        # The one place that knows what a valid clipping is.
+        Clipping(value=self.clip_value, global_norm=self.clip_norm)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, its rows, its optimizers and its settings, checked against each other.
+
+    Attributes:
+        dataset: the training rows, and where there are any the validation rows.
+        bound: the gradient program, and the variables that it was made of.
+        groups: the parameter groups.
+        updates: the optimizer step of each group.
+        evaluation: what a validation measures; None: nothing.
+        settings: see there.
+        store: of `settings.model_dir`, or None.
+    """
+
+    dataset: TFDataset
+    bound: BoundProgram
+    groups: ParameterGroups
+    updates: tuple[UpdateProgram, ...]
+    evaluation: tuple[Evaluation, Metrics] | None
+    settings: Settings
+    store: CheckpointStore | None
+
+    @classmethod
+    def of(
+        cls, front_end: FrontEnd, dataset: TFDataset, optim_method: Any, settings: Settings
+    ) -> Recipe:
+        """Makes the programs.
+
+        Raises:
+            InvalidInputError: the parts do not fit together.
+            CheckpointError: `model_dir` cannot be written.
+        """
+        if dataset.batch_size is None:
+            raise InvalidInputError(
+                "Training needs a global batch size. Received: a TFDataset without batch_size "
+                "(batch_per_thread is for evaluation and prediction). Pass batch_size=…."
+            )
+        names, variables = front_end.trainable()
+        groups = parameter_groups(optim_method, names, variables)
+        bound = front_end.program(groups.group_of)
+        evaluation = front_end.evaluation()
+        if dataset.validation is not None and evaluation is None:
+            raise InvalidInputError(
+                "A validation set needs something to measure. Received: a TFDataset with "
+                "validation data, but no metrics. Pass metrics=…, or val_outputs, val_labels and "
+                "val_method."
+            )
+        updates = _updates(groups, bound, settings)
+        store = CheckpointStore(settings.model_dir) if settings.model_dir else None
+        if store is not None:
+            store.check_writable()
+        return cls(dataset, bound, groups, updates, evaluation, settings, store)
+
+    def changed(self, **settings: Any) -> Recipe:
+        """With other settings of clipping."""
+        new = replace(self.settings, **settings)
+        return replace(self, settings=new, updates=_updates(self.groups, self.bound, new))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a global batch."""
+        assert self.dataset.batch_size is not None  # `of` refuses it
+        return self.dataset.batch_size
+
+    def newest_checkpoint(self) -> FromCheckpoint | None:
+        """The newest whole checkpoint of `model_dir`, if there is one."""
+        if self.store is None:
+            return None
+        manifest = newest_whole(self.store, SparkContext._active_spark_context)
+        return None if manifest is None else self.resumable(self.store, manifest)
+
+    def resumable(self, store: CheckpointStore, manifest: Manifest) -> FromCheckpoint:
+        """A checkpoint to go on from.
+
+        Raises:
+            CheckpointError: it is of another model or of other optimizers.
+        """
+        program = self.bound.program
+        compare_tensors(manifest, program.weights, program.dtype)
+        check_resumable(manifest, program, self.updates)
+        return FromCheckpoint(store, manifest)
+
+    def load_weights(self, store: CheckpointStore, manifest: Manifest) -> None:
+        """Sets the model's variables to the weights and the model state of a checkpoint.
+
+        Raises:
+            CheckpointError: its tensors differ from the model's.
+        """
+        program = self.bound.program
+        compare_variables(manifest, program.weights, program.dtype, program.state)
+        state = zip(manifest.state, store.read_state(manifest), strict=True)
+        values = store.read_weights(manifest) | {slot.name: value for slot, value in state}
+        every = [*self.bound.weight_variables, *self.bound.state_variables]
+        seeds = {slot.name for slot in program.state if slot.kind == "seed"}
+        names = [w.name for w in program.weights] + [slot.name for slot in program.state]
+        variables = {n: v for n, v in zip(names, every, strict=True) if n not in seeds}
+        self.bound.write(list(variables.values()), [values[name] for name in variables])
+
+
+def _updates(
+    groups: ParameterGroups, bound: BoundProgram, settings: Settings
+) -> tuple[UpdateProgram, ...]:
+    return tuple(
+        update_program(
+            group.optimizer,
+            bound.program.dtype,
+            clip_value=settings.clip_value,
+            weight_decay=group.weight_decay,
+        )
+        for group in groups.groups
+    )

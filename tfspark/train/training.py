@@ -1,0 +1,200 @@
+"""A training that runs: its rows, its engine, its loop, and the way home of its weights."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from py4j.protocol import Py4JError
+from pyspark import SparkContext
+
+from tfspark.context import slots, task_threads
+from tfspark.data.order import BatchOrder
+from tfspark.errors import TFSparkError
+from tfspark.graph.evaluation import results
+from tfspark.graph.update import clipping_of
+from tfspark.sync.engine import Engine, Run
+from tfspark.train.engines import choose_engine, make_engine, materialise
+from tfspark.train.leftovers import release_with
+from tfspark.train.loop import TrainingLoop, progress_at, score_of
+from tfspark.train.progress import planned_steps, progress_reporter
+from tfspark.train.recipe import Recipe
+from tfspark.train.saving import FromCheckpoint, FromValues, Here, Trained
+from tfspark.train.triggers import Trigger
+
+logger = logging.getLogger("tfspark")
+
+
+class Training:
+    """Everything that a recipe needs in Spark or in this process, from `__init__` to `close`.
+
+    What is held in Spark is freed too when the object is forgotten.
+
+    Args:
+        recipe: what is trained.
+        saved: the checkpoint to go on from, or None: from the variables as they are.
+
+    Attributes:
+        loop: the rounds; its commit and its progress are the newest good ones.
+    """
+
+    def __init__(self, recipe: Recipe, saved: FromCheckpoint | None):
+        self._recipe = recipe
+        self._context = SparkContext._active_spark_context
+        self._name = choose_engine(recipe.settings.engine, self._context)
+        context = self._context
+        num_ranks = recipe.settings.num_ranks or (slots(context) if context else 1)
+        train_set = materialise(self._name, recipe.dataset, num_ranks, context)
+        flat, state = recipe.bound.values()
+        run = _run(
+            recipe,
+            train_set,
+            saved.store.read_state(saved.manifest) if saved else state,
+            num_ranks,
+            task_threads(context) if context else 1,
+        )
+        if saved:
+            _warn_of_changed_order(saved, run.order)
+        engine = make_engine(self._name, train_set, context)
+        sets = [train_set]
+        if recipe.dataset.validation is not None:
+            sets.append(materialise(self._name, recipe.dataset.validation, num_ranks, context))
+        initial = saved or self._initial_state(flat)
+        self.close = release_with(self, partial(_close, engine, [*sets, initial], context))
+        self.loop = self._make_loop(engine, run, initial)
+        if len(sets) > 1:
+            self.loop.validate = self._validator(engine, run, sets[1])
+
+    def train(self, end: Trigger, checkpoint: Trigger, validation: Trigger) -> None:
+        """Takes steps until a trigger fires, then brings the weights home.
+
+        After an error or an interrupt too: then those of the newest good commit.
+        """
+        loop = self.loop
+        steps = planned_steps(end, loop.progress)
+        try:
+            with progress_reporter(
+                self._recipe.settings.progress, steps, loop.progress.step
+            ) as loop.reporter:
+                loop.train(end, checkpoint, validation)
+        except BaseException:
+            try:
+                loop.insist(self._bring_home)
+            except (TFSparkError, Py4JError) as error:
+                logger.warning(
+                    "The weights of step %d could not be brought home: %s",
+                    loop.progress.step,
+                    error,
+                )
+            raise
+        loop.insist(self._bring_home)
+
+    def _make_loop(
+        self, engine: Engine, run: Run, initial: FromValues | FromCheckpoint
+    ) -> TrainingLoop:
+        groups = self._recipe.groups
+        groups.bind(run.order.steps_per_epoch)
+        step, loss, scores = 0, None, {}
+        if isinstance(initial, FromCheckpoint):
+            manifest = initial.manifest
+            step, loss = manifest.step, manifest.training.get("loss")
+            scores = dict(manifest.metrics)
+            groups.restore(manifest.training["schedules"])
+            logger.info("Going on from step %d of %s.", step, initial.store.model_dir)
+        return TrainingLoop(
+            engine=engine,
+            run=run,
+            rates=groups,
+            commit=engine.start(run, initial),
+            progress=progress_at(run.order, step, loss, score_of(scores)),
+            reporter=progress_reporter(False, None),
+            store=self._recipe.store,
+            retention=self._recipe.settings.retention,
+            scores=scores,
+        )
+
+    def _validator(self, engine: Engine, run: Run, held: Any) -> Any:
+        validation = self._recipe.dataset.validation
+        assert self._recipe.evaluation is not None and validation is not None
+        evaluation, metrics = self._recipe.evaluation
+        mapping = validation.mapping
+        handles = held.handles if self._name == "local" else held.rdd
+        rows = validation.batch_per_thread or max(1, self._recipe.batch_size // run.num_ranks)
+
+        def validate(commit: Any) -> dict[str, float]:
+            accumulators = engine.evaluate(commit, evaluation, handles, mapping, rows)
+            return results(evaluation, metrics, accumulators)
+
+        return validate
+
+    def _initial_state(self, flat: np.ndarray) -> FromValues:
+        """The initial weights, on their one way from the driver."""
+        if self._name == "local":
+            return FromValues(Here(flat))
+        assert self._context is not None
+        return FromValues(self._context.broadcast(flat))
+
+    def _bring_home(self) -> None:
+        """Sets the user's variables to the weights and model state of the newest commit."""
+        loop, run = self.loop, self.loop.run
+        averaged = [n for n, g in enumerate(self._recipe.groups.groups) if g.optimizer.use_ema]
+        shards, means, first = [], [], []
+        for state in loop.engine.collect(loop.commit, Trained(frozenset(averaged))):
+            shards.append(np.array(state.shard))
+            means.append(state.mean)
+            first = state.first
+        whole = run.state_layout.assemble(run.state, np.concatenate(means), first)
+        self._recipe.bound.assign(run.layout.join(shards), whole)
+
+
+def _run(
+    recipe: Recipe, train_set: Any, state: Sequence[np.ndarray], num_ranks: int, threads: int
+) -> Run:
+    dataset, settings = recipe.dataset, recipe.settings
+    order = BatchOrder(
+        tuple(handle.rows for handle in train_set.handles),
+        recipe.batch_size,
+        dataset.seed,
+        dataset.shuffle,
+    )
+    return Run(
+        run_id=uuid.uuid4().hex,
+        program=recipe.bound.program,
+        updates=recipe.updates,
+        clippings=tuple(clipping_of(group.optimizer) for group in recipe.groups.groups),
+        order=order,
+        mapping=dataset.mapping,
+        seed=dataset.seed,
+        state=tuple(state),
+        num_ranks=num_ranks,
+        clip_norm=settings.clip_norm,
+        accumulation_steps=settings.accumulation_steps,
+        task_threads=threads,
+        digests=tuple(handle.digest for handle in train_set.handles),
+    )
+
+
+def _warn_of_changed_order(saved: FromCheckpoint, order: BatchOrder) -> None:
+    manifest = saved.manifest
+    before = (manifest.training.get("rows_per_epoch"), manifest.batch_size, manifest.seed)
+    now = (order.total_rows, order.batch_size, order.seed)
+    if before != now:
+        logger.warning(
+            "The order of batches differs from the checkpoint's: (rows, batch_size, seed) was %s "
+            "and is %s. Training goes on from step %d in the new order.",
+            before,
+            now,
+            manifest.step,
+        )
+
+
+def _close(engine: Engine, held: Sequence[Any], context: SparkContext | None) -> None:
+    if context is not None and context._jsc is None:
+        return  # Spark was stopped, and all that is held in it has gone
+    engine.close()
+    for each in held:
+        each.release()
