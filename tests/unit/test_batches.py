@@ -1,9 +1,11 @@
 """Batches against the arrays that went into the store."""
 
+from queue import SimpleQueue
+
 import numpy as np
 import pytest
 
-from tfspark.data.batches import BatchReader, evaluation_batches
+from tfspark.data.batches import BatchReader, evaluation_batches, one_ahead
 from tfspark.data.mapping import RowMapping
 from tfspark.data.order import BatchOrder
 from tfspark.data.spec import Field, RowSpec
@@ -39,10 +41,28 @@ def test_steps_read_the_rows_of_the_order(handle, order):
 
 def test_reading_ahead_gives_the_same_batches(handle, order):
     plain = [BatchReader(handle, order).read(step)[0][1].tolist() for step in range(9)]
-    reader = BatchReader(handle, order)
-    assert [batch[1].tolist() for batch, _ in reader.iterate(range(9))] == plain
+    reader, ahead = BatchReader(handle, order), []
+    for step in range(9):
+        reader.prefetch(step)
+        ahead.append(reader.read(step)[0][1].tolist())
+    assert ahead == plain
     reader.prefetch(3)
     assert reader.read(5)[0][1].tolist() == plain[5]
+
+
+def test_the_next_item_is_computed_while_one_is_used():
+    begun = SimpleQueue()
+
+    def items():
+        for item in range(4):
+            begun.put(item)
+            yield item
+
+    ahead = one_ahead(items())
+    assert next(ahead) == 0
+    assert [begun.get(timeout=10), begun.get(timeout=10)] == [0, 1]  # nobody asked for 1 yet
+    assert begun.empty()
+    assert list(ahead) == [1, 2, 3]
 
 
 def test_a_rank_without_rows_reads_nothing(tmp_path):
@@ -70,6 +90,9 @@ def test_an_error_in_the_background_comes_with_its_batch(handle, order):
     bad = next(s for s in range(3) if 7 in order.row_ids(1, 0, s))
     seen = 0
     with pytest.raises(UserFunctionError, match=r"\[rank 1, row 7\].*map\(\).*indices"):
-        for _ in BatchReader(handle, order, mapping).iterate(range(3)):
+        reader = BatchReader(handle, order, mapping)
+        for step in range(3):
+            reader.read(step)
+            reader.prefetch(step + 1)
             seen += 1
     assert seen == bad

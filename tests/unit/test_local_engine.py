@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfspark.data.batches import BatchReader
 from tfspark.data.order import BatchOrder
 from tfspark.data.spec import Field, RowSpec
 from tfspark.data.store import StoreWriter
@@ -179,3 +180,31 @@ def test_a_state_survives_its_message(tmp_path):
     np.testing.assert_array_equal(back.shard, state.shard)
     for left, right in zip(back.slots[0], state.slots[0], strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+class Recorder(BatchReader):
+    """A reader that notes what it was asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.asked = []
+
+    def read(self, step):
+        self.asked.append(("read", step))
+        return super().read(step)
+
+    def prefetch(self, step):
+        self.asked.append(("prefetch", step))
+        super().prefetch(step)
+
+
+def test_the_next_batch_is_read_during_the_gradient_and_none_beyond_the_round(tmp_path):
+    problem = Problem(tmp_path, [9])
+    engine = LocalEngine(problem.handles)
+    commit = engine.start(problem.run, FromValues(Here(problem.flat)))
+    reader = Recorder(problem.handles[0], problem.order)
+    engine._readers = [reader]
+    engine.round(commit, RoundPlan(0, ((RATE,),) * 3))
+    assert reader.asked == [
+        ("read", 0), ("prefetch", 1), ("read", 1), ("prefetch", 2), ("read", 2)
+    ]  # fmt: skip

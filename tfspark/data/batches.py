@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Batch = list[Any]
 """One array or eager tensor `[rows, *shape]` per field of the mapped rows."""
 
+T = TypeVar("T")
+
 
 class BatchReader:
     """Reads the part of each global batch that a rank holds.
@@ -30,8 +32,8 @@ class BatchReader:
 
     Example:
         >>> reader = BatchReader(handle, order, None)  # doctest: +SKIP
-        >>> for batch, rows in reader.iterate(range(10)):  # doctest: +SKIP
-        ...     print(rows, [array.shape for array in batch])
+        >>> reader.prefetch(7)  # doctest: +SKIP
+        >>> batch, rows = reader.read(7)  # doctest: +SKIP
     """
 
     def __init__(self, handle: Handle, order: BatchOrder, mapping: PureGraph | None = None):
@@ -58,26 +60,12 @@ class BatchReader:
         return self._read(step)
 
     def prefetch(self, step: int) -> None:
-        """Starts to read a step in the background; the next `read` of that step takes it."""
+        """Starts to read a step in the background; the next `read` of that step takes it.
+
+        An error in the background is raised by that `read`.
+        """
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = (step, self._thread.submit(self._read, step))
-
-    def iterate(self, steps: Sequence[int]) -> Iterator[tuple[Batch, int]]:
-        """Reads one step after the other, always one ahead in the background.
-
-        An error in the background is raised where its batch is due. Closing the iterator early
-        forgets the batch that was read ahead.
-        """
-        try:
-            for index, step in enumerate(steps):
-                current = self.read(step)
-                if index + 1 < len(steps):
-                    self.prefetch(steps[index + 1])
-                yield current
-        finally:
-            ahead, self._ahead = self._ahead, None
-            if ahead is not None:
-                ahead[1].cancel()
 
     def _read(self, step: int) -> tuple[Batch, int]:
         rank = self.handle.rank
@@ -102,6 +90,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Batch, int]]:
     """All rows of a store in their order, every one once; the last batch may have fewer rows.
 
+    While a batch is used, the next one is read in the background.
+
     Args:
         handle: of the store.
         batch_rows: rows of a batch.
@@ -111,11 +101,25 @@ def evaluation_batches(
         The batch and its number of rows.
     """
     store = Store.open(handle)
-    for start in range(0, store.rows, batch_rows):
-        stop = min(start + batch_rows, store.rows)
-        ids = np.arange(start, stop)
-        seeds = row_seeds(0, handle.rank, 0, ids)
-        yield _mapped(mapping, store.read_range(start, stop), ids, seeds, handle.rank), stop - start
+
+    def batches() -> Iterator[tuple[Batch, int]]:
+        for start in range(0, store.rows, batch_rows):
+            stop = min(start + batch_rows, store.rows)
+            ids = np.arange(start, stop)
+            arrays, seeds = store.read_range(start, stop), row_seeds(0, handle.rank, 0, ids)
+            yield _mapped(mapping, arrays, ids, seeds, handle.rank), stop - start
+
+    return one_ahead(batches())
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each computed in the background while the one before it is used."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="tfspark-batches") as thread:
+        following: Future[Any] = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
 
 
 def _mapped(

@@ -53,8 +53,8 @@ class LocalEngine(Engine):
     def round(self, commit: list[RankState], plan: RoundPlan) -> RoundResult:
         started = time.perf_counter()
         states = [state.settled() for state in commit]
-        for rates in plan.learning_rates:
-            states = self._step(states, rates, plan)
+        for index, rates in enumerate(plan.learning_rates):
+            states = self._step(states, rates, plan, last=index + 1 == plan.num_steps)
             if any(state.halt for state in states):
                 break
         outcome = merge_outcomes([(s.step, s.halt, tuple(s.records)) for s in states])
@@ -66,13 +66,14 @@ class LocalEngine(Engine):
         )
 
     def _step(
-        self, states: list[RankState], rates: tuple[float, ...], plan: RoundPlan
+        self, states: list[RankState], rates: tuple[float, ...], plan: RoundPlan, last: bool
     ) -> list[RankState]:
         program = self._program
         replica = self._replica(states)
+        step = states[0].step
         contributions = [
-            program.contribute(rank, states[rank].step, replica, self._readers[rank])
-            for rank in range(program.run.num_ranks)
+            program.contribute(rank, step, replica, reader, None if last else step + 1)
+            for rank, reader in enumerate(self._readers)
         ]
         reduced = [
             program.reduce([gradient_message(program.run, part, owner) for part in contributions])

@@ -105,9 +105,22 @@ class RankProgram:
         )
 
     def contribute(
-        self, rank: int, step: int, replica: Replica, reader: BatchReader
+        self,
+        rank: int,
+        step: int,
+        replica: Replica,
+        reader: BatchReader,
+        next_step: int | None = None,
     ) -> Contribution:
-        """The gradient of this rank's rows of step `step` (counted from 0)."""
+        """The gradient of this rank's rows of a step.
+
+        Args:
+            rank: whose.
+            step: counted from 0.
+            replica: weights and model state before the step.
+            reader: of the rank's rows.
+            next_step: whose rows to read in the background meanwhile.
+        """
         run = self.run
         _, step_in_epoch = run.order.locate(step)
         rows_by_rank = run.order.rank_rows(step_in_epoch)
@@ -116,6 +129,8 @@ class RankProgram:
             return Contribution(rank)
         started = time.perf_counter()
         batch, _ = reader.read(step)
+        if next_step is not None:
+            reader.prefetch(next_step)
         read = time.perf_counter()
         parts = min(run.accumulation_steps, rows)
         bounds = np.linspace(0, rows, parts + 1).astype(int)

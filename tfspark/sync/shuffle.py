@@ -27,6 +27,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -285,16 +286,18 @@ class _Gradient:
     def __call__(
         self, rank: int, pairs: Iterable[tuple[bytes, bytes]]
     ) -> Iterator[tuple[int, bytes]]:
-        handle, messages = _receive_with_handle(pairs)
-        halt = next((m.meta["halt"] for m in messages if m.meta["halt"]), None)
         run = self.run.value
         with reporting(rank=rank, step=self.step + 1, phase="gradient"):
+            program = _program(run)
+            handle, frames = _handle_first(pairs)
+            reader = _reader(run, handle)
+            reader.prefetch(self.step)  # while the weights arrive
+            messages = _by_source(frames)
+            halt = next((m.meta["halt"] for m in messages if m.meta["halt"]), None)
             contribution = Contribution(rank, halt=Halt(**halt) if halt else None)
             if not halt:
-                program = _program(run)
-                contribution = program.contribute(
-                    rank, self.step, program.replica(messages), _reader(run, handle)
-                )
+                replica = program.replica(messages)
+                contribution = program.contribute(rank, self.step, replica, reader)
             for owner in range(run.num_ranks):
                 yield owner, encode(gradient_message(run, contribution, owner))
             yield rank, encode(messages[rank])
@@ -404,7 +407,8 @@ class _Evaluate:
     batch_rows: int
 
     def __call__(self, pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
-        handle, messages = _receive_with_handle(pairs)
+        handle, frames = _handle_first(pairs)
+        messages = _by_source(frames)
         evaluation, mapping = self.shared.value
         with reporting(rank=handle.rank, phase="evaluate"):
             program = _program(self.run.value)
@@ -437,17 +441,16 @@ def _to_all(
         yield target, encode(state_to_message(state)) if own else shard
 
 
-def _receive_with_handle(
-    pairs: Iterable[tuple[bytes, bytes]],
-) -> tuple[Handle, list[Message]]:
-    """The handle of this partition and the messages of all ranks, by rank."""
-    handle, messages = None, []
-    for handle_frame, frame in pairs:
-        if handle_frame:
-            handle = pickle.loads(handle_frame)
-        messages.append(decode(frame))
-    assert handle is not None
-    return handle, sorted(messages, key=lambda message: message.source)
+def _handle_first(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[Handle, Iterator[bytes]]:
+    """The handle of this partition, and the frames of all ranks, which may still be coming."""
+    remaining = iter(pairs)
+    handle_frame, frame = next(remaining)
+    return pickle.loads(handle_frame), chain([frame], (frame for _, frame in remaining))
+
+
+def _by_source(frames: Iterable[bytes]) -> list[Message]:
+    """Messages by rank."""
+    return sorted(map(decode, frames), key=lambda message: message.source)
 
 
 def _receive(frames: Iterable[bytes], *kinds: str) -> tuple[list[Message], Message]:
