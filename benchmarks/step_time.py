@@ -5,7 +5,7 @@ Blocks of steps alternate (Keras, tfspark, Keras, …), so that a machine whose 
 both alike; the figures are medians over blocks. Keras has all cores in one process; tfspark has as
 many ranks as there are cores, one thread each.
 
-    python benchmarks/step_time.py  # some six minutes; writes benchmarks/results/step_time.*
+    python benchmarks/step_time.py  # four minutes; writes benchmarks/results/step_time.*
     python benchmarks/step_time.py --blocks 1 --seconds 2 --out /tmp/quick
 """
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def measure(name: str, options: argparse.Namespace) -> Row:
     y = rng.integers(0, CLASSES, len(x)).astype("int32")
     plain = KerasSide(network(inputs, *hidden), x, y, options.batch)
     model = network(inputs, *hidden)
-    spark = SparkSide(model, x, y, options.batch, str(options.out / "logs"))
+    logs = tempfile.TemporaryDirectory()
+    spark = SparkSide(model, x, y, options.batch, logs.name)
     # Warm up, and find out how many steps fill a block.
     counts = []
     for side in (plain, spark):
@@ -128,6 +130,7 @@ def measure(name: str, options: argparse.Namespace) -> Row:
         spark.phases(counts[1] * options.blocks),
     )
     spark.close()
+    logs.cleanup()
     return row
 
 
