@@ -1,5 +1,6 @@
 """The user's map over rows against tf.data's own, and its randomness."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -36,6 +37,13 @@ def test_a_map_equals_that_of_tf_data():
         ("string", ()),
         ("float32", (2,)),
     ]
+
+
+def test_words_become_numbers_by_a_lookup_table():
+    layer = keras.layers.StringLookup(vocabulary=["1", "22"])
+    mapping = RowMapping.identity(SPEC).then(lambda x, s: (x, layer(s)))
+    _, numbers = load(mapping.batch)(X, S, seeds(range(4)))
+    assert numbers.numpy().tolist() == [1, 2, 0, 0]
 
 
 def test_maps_compose_and_keep_names():

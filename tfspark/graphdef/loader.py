@@ -105,3 +105,9 @@ def _register_functions(pure: PureGraph) -> None:
     for function in graph_pb2.GraphDef.FromString(pure.graph_def).library.function:
         if not runtime.has_function(function.signature.name):
             runtime.add_function_def(function)
+
+
+def op_error(error: tf.errors.OpError) -> str:
+    """What an operation complained of, without the frame that every error in a graph has."""
+    essence = error.message.split("<stack traces unavailable>\n")[-1].split("\n\t [[")[0]
+    return f"{type(error).__name__}: {essence.strip()}"

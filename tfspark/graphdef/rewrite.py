@@ -1,7 +1,8 @@
 """The walk that turns a graph with variables and randomness into nodes of a pure graph.
 
-Every tensor of the source graph becomes one of two things: a tensor of the new graph, by name, or a
-`Handle`, which stands for a variable and has no counterpart in the new graph. Reading through a
+Every tensor of the source graph becomes one of three things: a tensor of the new graph, by name, or
+a `Handle` or a `Table`, which stand for a variable or a lookup table and have no counterpart in the
+new graph. What a table is asked becomes a search among constants (`tables.py`). Reading through a
 handle gives a *version* of the variable: the input it starts from, or what an assignment wrote.
 
 Which version a read sees follows from the graph's edges alone: the newest one among those written
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import tensorflow as tf
@@ -29,6 +31,7 @@ from tfspark.errors import ProgramError
 from tfspark.graphdef.functions import Library, trace_graph
 from tfspark.graphdef.nodes import ancestors, inputs_of, prune, topological
 from tfspark.graphdef.randomness import RANDOM_OPS, next_iteration, stateless
+from tfspark.graphdef.tables import Table
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 CONDITIONALS = frozenset({"If", "StatelessIf", "Case", "StatelessCase"})
@@ -86,7 +89,7 @@ class VariableInput:
     handles: tuple[Any, ...]
 
 
-Value = str | Handle
+Value = str | Handle | Table
 
 
 class Emitter:
@@ -218,6 +221,12 @@ class _Walk:
         """The tensor behind a value, as `op` sees it."""
         if isinstance(value, str):
             return value
+        if isinstance(value, Table):
+            raise ProgramError(
+                "A lookup table must not be used inside control flow, or changed. Received: "
+                f"operation {self.prefix}{op.name!r} of type {op.type} on one. Look keys up before "
+                "the condition or the loop."
+            )
         if value.value is not None:
             return value.value
         mask = self._masks[op.name]
@@ -241,6 +250,8 @@ class _Walk:
             self._random(op, inputs)
         elif kind == "Print":
             self._alias(op, inputs[0])
+        elif inputs and isinstance(inputs[0], Table):
+            self._look_up(op, inputs[0], inputs)
         elif handle is None:
             self._copy(op, [self.read(op, value) for value in inputs])
         elif plain in PASSED_ON:
@@ -309,7 +320,7 @@ class _Walk:
         for tensor in op.inputs:
             value = self.values.get(tensor.name)
             value = value.value if isinstance(value, Handle) else value
-            if value is not None:
+            if isinstance(value, str):
                 controls |= self.emitter.control(value)
         return tuple(sorted(controls))
 
@@ -335,6 +346,19 @@ class _Walk:
             batch_dims = op.get_attr("batch_dims")
             self.values[op.outputs[0].name] = self._inline(
                 op, lambda v, i: tf.gather(v, i, batch_dims=batch_dims), inputs
+            )
+
+    def _look_up(self, op: Any, table: Table, inputs: Sequence[Value]) -> None:
+        if op.type == "Identity":
+            self._alias(op, table)
+        elif op.type == "LookupTableFindV2":
+            find = table.find(op.get_attr("Tin"), op.get_attr("Tout"))
+            self.values[op.outputs[0].name] = self._inline(op, find, inputs)
+        else:
+            raise ProgramError(
+                "A program's graph looks keys up in its tables, and nothing else. "
+                f"Received: operation {self.prefix}{op.name!r} of type {op.type}. Make and fill "
+                "tables before, outside of the function."
             )
 
     def _assign(self, op: Any, handle: Handle, inputs: Sequence[Value]) -> None:
@@ -402,19 +426,20 @@ class _Walk:
         self, op: Any, function: Callable[..., Any], inputs: Sequence[Value], newest: bool = False
     ) -> str:
         """Traces a small function of tensors and walks it in place of `op`."""
+        pairs = [(t, v) for t, v in zip_longest(op.inputs, inputs) if not isinstance(v, Table)]
         tensors = [
             self._versions(v)[-1][1] if newest and isinstance(v, Handle) else self.read(op, v)
-            for v in inputs
+            for _, v in pairs
         ]
         specs = []
-        for tensor, value in zip(op.inputs, inputs, strict=False):
-            if isinstance(value, Handle):
+        for tensor, value in pairs:
+            if tensor is None:
+                specs.append(tf.TensorSpec([2], tf.int64))  # only a seed has no input of its own
+            elif isinstance(value, Handle):
                 variable = self.variables[value.variable]
                 specs.append(tf.TensorSpec(variable.shape, variable.dtype.base_dtype))
             else:
                 specs.append(tf.TensorSpec(tensor.shape, tensor.dtype.base_dtype))
-        for _ in inputs[len(specs) :]:
-            specs.append(tf.TensorSpec([2], tf.int64))  # only a seed has no input of its own
         body = trace_graph(function, specs)
         return str(self._splice(op, body, tensors)[0])
 
@@ -452,7 +477,7 @@ class _Walk:
         roots = [t.op for t in source.outputs] + list(source.control_outputs)
         walk = inner.walk(roots, known, prefix="body/")
         outputs = [
-            inner.final(value.variable) if isinstance(value, Handle) else value
+            inner.final(value.variable) if isinstance(value, Handle) else str(value)
             for value in map(walk.value, source.outputs)
         ]
         written = {v for v, versions in inner.versions.items() if len(versions) > 1}
@@ -465,12 +490,12 @@ class _Walk:
             else [branch.name for branch in op.get_attr("branches")]
         )
         seeded = any(map(self.library.is_random, names))
+        tensors = [self.read(op, value) for value in inputs]
         bodies = [self._function(name, inputs[1:], (), seeded) for name in names]
         written = sorted(set[int]().union(*(body.written for body in bodies)))
         for body in bodies:
             body.outputs += [body.emitter.final(variable) for variable in written]
         functions = [body.finish(self.library) for body in bodies]
-        tensors = [self.read(op, value) for value in inputs]
         if seeded:
             tensors.append(self._need_seed(op.name))
         kind = op.type if op.type.startswith("Stateless") else f"Stateless{op.type}"
@@ -492,9 +517,9 @@ class _Walk:
         names = [op.get_attr("cond").name, op.get_attr("body").name]
         seeded = any(map(self.library.is_random, names))
         shapes = [tensor.shape for tensor in op.outputs]  # the loop's invariants
+        tensors = [self.read(op, value) for value in inputs]
         condition = self._function(names[0], inputs, shapes, seeded)
         body = self._function(names[1], inputs, shapes, seeded)
-        tensors = [self.read(op, value) for value in inputs]
         if seeded:
             assert body.emitter.seed is not None
             tensors.append(self._need_seed(op.name))

@@ -10,11 +10,11 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.core.framework import function_pb2, graph_pb2
 
-from tfspark.errors import ProgramError
 from tfspark.graphdef.functions import Library, trace_graph
 from tfspark.graphdef.nodes import check_pure, full, prune
 from tfspark.graphdef.pure import PureGraph, TensorInfo
 from tfspark.graphdef.rewrite import Emitter, Handle, Value, VariableInput
+from tfspark.graphdef.tables import Table
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,14 @@ def purify_function(
     order = list(dict.fromkeys(id(variable.handle) for variable in listed))
     handles: dict[int, list[Any]] = {key: [] for key in found}
     constants: dict[str, Any] = {}
+    tables: dict[str, Table] = {}
     captured = set()
     for external, internal in graph.captures:
         captured.add(internal.name)
         if internal.dtype != tf.resource:
             constants[internal.name] = external
         elif id(external) not in found:
-            raise ProgramError(
-                "A program's function may use variables, but no other resources such as lookup "
-                f"tables. Received: {external!r}. Do that step in the data set's map."
-            )
+            tables[internal.name] = Table(external)
         else:
             handles[id(external)].append(internal)
             if id(external) not in order:
@@ -111,6 +109,7 @@ def purify_function(
         updates=graph.control_outputs,
         seed=inputs[-1] if seeded else None,
         constants=constants,
+        tables=tables,
         allow=allow,
     )
     return Purified(purified.graph, tuple(found[key] for key in order), purified.written)
@@ -125,6 +124,7 @@ def purify(
     updates: Sequence[Any] = (),
     seed: Any = None,
     constants: Mapping[str, Any] | None = None,
+    tables: Mapping[str, Table] | None = None,
     allow: frozenset[str] = frozenset(),
 ) -> Purified:
     """Makes a pure graph of a part of a graph with variables.
@@ -137,6 +137,7 @@ def purify(
         updates: operations that take effect even where no output depends on them.
         seed: one of `inputs`, an int64 `[2]`, from which random operations draw; None: none may.
         constants: values (arrays or eager tensors) for tensors of the graph, by name.
+        tables: the lookup tables that tensors of the graph refer to, by name.
         allow: types of stateful operations to let through.
 
     Raises:
@@ -144,7 +145,7 @@ def purify(
     """
     library = Library(graph)
     emitter = Emitter(library, variables, None)
-    known: dict[str, Value] = {}
+    known: dict[str, Value] = dict(tables or {})
     names = []
     for tensor in inputs:
         stem = tensor.name.split(":")[0]
