@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import time
 
 import pytest
 
@@ -92,6 +93,16 @@ class TestBar:
         assert "40/100" in stream.getvalue()
         assert "41/100" in stream.getvalue()
 
+    def test_time_left_does_not_count_the_start_up(self):
+        stream = Terminal()
+        with ProgressBar(1000, stream=stream) as bar:
+            time.sleep(0.3)  # tqdm has no clock to set: at this rate 999 steps would take minutes
+            bar.update(at(1), 1.0)
+            assert "<?" in stream.getvalue().rpartition("\r")[2]
+            time.sleep(0.01)
+            bar.update(at(500), 1.0)
+            assert "<00:00" in stream.getvalue().rpartition("\r")[2]
+
     def test_no_total(self):
         stream = Terminal()
         with ProgressBar(None, stream=stream) as bar:
@@ -123,12 +134,16 @@ class TestLog:
         ]
         assert lines[1].endswith("01:29 left")  # 89 steps at one a second
 
-    def test_time_left_of_a_resumed_run_counts_its_own_steps_only(self):
+    def test_time_left_does_not_count_the_start_up_and_what_was_before(self):
         stream, clock = io.StringIO(), Clock()
-        with ProgressLog(100, first_step=80, stream=stream, clock=clock) as log:
-            clock.now = 10.0
+        with ProgressLog(100, stream=stream, clock=clock) as log:
+            clock.now = 60.0
+            log.update(at(81), 1.0)
+            clock.now = 70.0
             log.update(at(90), 1.0)
-        assert stream.getvalue().endswith("00:10 left\n")
+        first, second = stream.getvalue().splitlines()
+        assert first.endswith("rows/s")
+        assert second.endswith("00:11 left")
 
     def test_a_logger_that_is_set_up_gets_the_lines(self, caplog):
         stream = io.StringIO()

@@ -122,10 +122,20 @@ class ProgressBar(ProgressReporter):
             mininterval=0,  # rounds take seconds already
         )
 
+        self._started = False
+
     def update(self, progress: Progress, rows_per_second: float) -> None:
         """Moves the bar."""
         self._bar.set_postfix_str(", ".join(_details(progress, rows_per_second)), refresh=False)
-        self._bar.update(progress.step - self._bar.n)
+        if self._started:
+            self._bar.update(progress.step - self._bar.n)
+        else:
+            # The first round starts workers and loads programs. Were it counted, the time left
+            # would be hours.
+            self._bar.n = self._bar.initial = self._bar.last_print_n = progress.step
+            self._bar.unpause()
+            self._bar.refresh()
+            self._started = True
 
     def close(self) -> None:
         """Leaves the bar as it is."""
@@ -139,7 +149,7 @@ class ProgressLog(ProgressReporter):
     program whose output goes to a file shows its progress there without more ado.
 
     Args:
-        total_steps, first_step, stream: as for `ProgressBar`.
+        total_steps, stream: as for `ProgressBar`.
         interval_s: seconds between two lines.
         clock: gives seconds.
     """
@@ -147,7 +157,6 @@ class ProgressLog(ProgressReporter):
     def __init__(
         self,
         total_steps: int | None,
-        first_step: int = 0,
         stream: TextIO | None = None,
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -156,7 +165,7 @@ class ProgressLog(ProgressReporter):
         self._stream = stream
         self._interval_s = interval_s
         self._clock = clock
-        self._start = (clock(), first_step)
+        self._first: tuple[float, int] | None = None  # when, at which step
         self._said_at = float("-inf")
         self._unsaid: tuple[Any, ...] | None = None
 
@@ -172,11 +181,15 @@ class ProgressLog(ProgressReporter):
             self._say()
 
     def _seconds_left(self, progress: Progress) -> float | None:
-        started_at, first_step = self._start
+        """By the rate since the first update: what was before it was mostly start-up."""
+        now = self._clock()
+        if self._first is None:
+            self._first = (now, progress.step)
+        first_at, first_step = self._first
         steps = progress.step - first_step
         if self._total_steps is None or steps < 1:
             return None
-        return (self._total_steps - progress.step) * (self._clock() - started_at) / steps
+        return (self._total_steps - progress.step) * (now - first_at) / steps
 
     def _say(self) -> None:
         assert self._unsaid is not None
@@ -213,4 +226,4 @@ def progress_reporter(
     in_notebook = tqdm.autonotebook.tqdm is not tqdm.std.tqdm
     if in_notebook or (stream or sys.stderr).isatty():
         return ProgressBar(total_steps, first_step, stream)
-    return ProgressLog(total_steps, first_step, stream)
+    return ProgressLog(total_steps, stream)
