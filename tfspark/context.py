@@ -39,6 +39,12 @@ _PACKAGE_HOME = Path(__file__).resolve().parent.parent
 # appends "/." + a UUID of 36 characters + ".sock" to the folder.
 _MAX_SOCKET_FOLDER = 104 - 1 - 2 - 36 - 5
 
+# What these say of a failed task in pages of Java, the driver raises as one error.
+_TASK_LOGGERS = (
+    "org.apache.spark.executor.Executor",
+    "org.apache.spark.scheduler.TaskSetManager",
+)
+
 # How long executors may take to register, and how long their number must stay the same for the
 # cluster to count as complete.
 _REGISTRATION_S = 60.0
@@ -65,7 +71,8 @@ def init_nncontext(
     * on a local master: `PYSPARK_PYTHON` to this interpreter, so that virtual environments work;
       tfspark's folder on the workers' `PYTHONPATH`; the driver on the loopback address; driver
       memory of a quarter of the machine's (at least 1 GiB), because the driver is the executor
-      there too; log level `ERROR`, and warnings and errors only from the workers' TensorFlow;
+      there too; log level `ERROR`, without the errors of single tasks, which the driver raises;
+      warnings and errors only from the workers' TensorFlow;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
@@ -224,7 +231,19 @@ def _start(requested: dict[str, str]) -> SparkContext:
         os.environ.setdefault(
             "PYSPARK_PYTHON", conf.get("spark.pyspark.python", sys.executable) or sys.executable
         )
-    return SparkContext(conf=conf)
+    quiet = "spark.log.level" in _defaults(master) and conf.get("spark.log.level") == "ERROR"
+    context = SparkContext(conf=conf)
+    if quiet:
+        _silence(context, _TASK_LOGGERS)
+    return context
+
+
+def _silence(context: SparkContext, loggers: Iterable[str]) -> None:
+    """Switches loggers of the JVM off."""
+    assert context._jvm is not None
+    log4j = context._jvm.org.apache.logging.log4j
+    for logger in loggers:
+        log4j.core.config.Configurator.setLevel(logger, log4j.Level.OFF)
 
 
 def _defaults(master: str) -> dict[str, str]:

@@ -133,7 +133,7 @@ def _mapped(
         return list(arrays)
     import tensorflow as tf
 
-    from tfspark.graphdef.loader import load
+    from tfspark.graphdef.loader import load, op_error
 
     function = load(mapping)
     try:
@@ -149,12 +149,7 @@ def _mapped(
                 break
         raise UserFunctionError(
             "A function given to map() raised an error on a row of the data set. "
-            f"Received: {type(cause).__name__}: {_essence(cause.message)}",
+            f"Received: {op_error(cause)}",
             rank=rank,
             row=row,
         ) from error
-
-
-def _essence(message: str) -> str:
-    """TensorFlow's message without the frame that every error in a graph has."""
-    return message.split("<stack traces unavailable>\n")[-1].split("\n\t [[")[0]

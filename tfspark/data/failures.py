@@ -78,13 +78,13 @@ def raise_from_spark(error: Exception) -> NoReturn:
         text = f"{error}\n{error.java_exception.toString()}"
     reported = decoded(text)
     if reported is not None:
-        raise reported from error
+        raise reported from None  # it says all; Spark adds pages of Java
     start = text.find("Traceback (most recent call last)")
     if start >= 0:
         own = text[start:].split("\n\tat org.apache.spark")[0].strip()
         raise UserFunctionError(
             f"A function that Spark runs to compute the rows raised an error.\n{own}"
-        ) from error
+        ) from None
     if "SparkException" in text:
         raise _cluster_failure(text) from error
     raise error

@@ -75,11 +75,7 @@ class RowMapping:
         try:
             graph = trace(flat, [*signature, tf.TensorSpec([2], tf.int64)], seeded=True).graph
         except ProgramError as error:
-            raise DataError(
-                "A function for map() uses pure TensorFlow operations only, so that it runs on "
-                f"the executors without Python. Received: {_name(function)}. {error.message} "
-                "Or do that step in the RDD or DataFrame before the TFDataset."
-            ) from error
+            raise DataError(f"In {_name(function)} given to map(): {error.message}") from error
         return RowMapping(
             self.source, _spec(structures[-1], spec, function), (*self.functions, graph)
         )

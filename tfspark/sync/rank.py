@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tfspark.data.batches import BatchReader
+from tfspark.errors import TrainingError
 from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
-from tfspark.graphdef.loader import load
+from tfspark.graphdef.loader import load, op_error
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
 
@@ -178,14 +181,15 @@ class RankProgram:
             for slot, value in zip(run.program.state, state, strict=True)
         ]
         seed = np.array([run.seed + rank * _GOLDEN, seed_step], object) & (2**64 - 1)
-        outputs = self._gradient(
-            flat,
-            *shifted,
-            *batch,
-            np.int64(rows),
-            np.int64(global_rows),
-            seed.astype(np.uint64).view(np.int64),
-        )
+        with _batch_errors(rank=rank, step=seed_step // run.accumulation_steps + 1):
+            outputs = self._gradient(
+                flat,
+                *shifted,
+                *batch,
+                np.int64(rows),
+                np.int64(global_rows),
+                seed.astype(np.uint64).view(np.int64),
+            )
         new_state = [
             _shift_seed(value, -rank) if slot.kind == "seed" else value
             for slot, value in zip(
@@ -309,13 +313,28 @@ class RankProgram:
         call = load(evaluation.graph)
         accumulators: list[Any] = list(evaluation.initial)
         for batch, _ in batches:
-            accumulators = call(
-                replica.flat,
-                *replica.state,
-                *[batch[i] for i in evaluation.batch],
-                *accumulators,
-            )
+            with _batch_errors():
+                accumulators = call(
+                    replica.flat,
+                    *replica.state,
+                    *[batch[i] for i in evaluation.batch],
+                    *accumulators,
+                )
         return [np.asarray(value) for value in accumulators]
+
+
+@contextmanager
+def _batch_errors(**where: int) -> Iterator[None]:
+    """Around a graph that the user's rows go through: says what an operation complained of."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        raise TrainingError(
+            f"A model must be able to compute every batch. Received: {op_error(error)}. Look at "
+            "the rows of this batch: labels out of range and ids beyond an embedding are the "
+            "usual ones.",
+            **where,
+        ) from error
 
 
 def shard_message(state: RankState) -> Message:

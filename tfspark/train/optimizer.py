@@ -97,7 +97,7 @@ class TFOptimizer:
         """
         front_end = KerasFrontEnd(keras_model, dataset, loss, loss_weights, metrics)
         chosen = optimizer if optimizer is not None else front_end.compiled_optimizer()
-        return cls(front_end, dataset, chosen, Settings(model_dir=model_dir, **settings))
+        return cls(front_end, dataset, chosen, Settings.of(model_dir=model_dir, **settings))
 
     @classmethod
     def from_loss(
@@ -173,7 +173,7 @@ class TFOptimizer:
             metrics=graph_metrics(metrics, val_method),
             reduction=loss_reduction,
         )
-        chosen = Settings(
+        chosen = Settings.of(
             model_dir=model_dir,
             clip_norm=clip_norm,
             clip_value=_bounds(clip_value),
@@ -232,7 +232,7 @@ class TFOptimizer:
             metrics=graph_metrics(metrics, None),
             reduction=loss_reduction,
         )
-        return cls(front_end, front_end.dataset, front_end.rule(), Settings(**settings))
+        return cls(front_end, front_end.dataset, front_end.rule(), Settings.of(**settings))
 
     @classmethod
     def from_function(
@@ -271,7 +271,7 @@ class TFOptimizer:
         front_end = FunctionFrontEnd(
             loss_fn, variables, dataset, loss_reduction, predict_fn, metrics
         )
-        return cls(front_end, dataset, optim_method, Settings(**settings))
+        return cls(front_end, dataset, optim_method, Settings.of(**settings))
 
     # -- settings -------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import difflib
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from pyspark import SparkContext
@@ -43,6 +44,24 @@ class Settings:
     model_dir: str | None = None
     retention: Retention = field(default_factory=Retention)
     progress: bool = True
+
+    @classmethod
+    def of(cls, **settings: Any) -> Settings:
+        """Settings by keyword.
+
+        Raises:
+            InvalidInputError: there is no such setting; names those there are.
+        """
+        known = [each.name for each in fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise InvalidInputError(
+                f"Settings of a training are {', '.join(known)}. Received: "
+                f"{', '.join(unknown)}.{meant}"
+            )
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "accumulation_steps"):
