@@ -11,7 +11,8 @@ TFSparkError                      catch this to catch them all
 │   ├── NonFiniteError            NaN or infinity in a loss or a gradient
 │   ├── UserFunctionError         the user's own function raised on an executor
 │   ├── StoreLostError            a partition's store is not on this host any more
-│   └── WorkerLostError           a Python worker died while it ran a task
+│   ├── WorkerLostError           a Python worker died while it ran a task
+│   └── PeerLostError             another rank of a round is gone, or silent
 └── CheckpointError               reading or writing a checkpoint              (also RuntimeError)
 ```
 
@@ -99,6 +100,10 @@ class StoreLostError(TrainingError):
 
 class WorkerLostError(TrainingError):
     """A Python worker died while it ran a task; the task may run again."""
+
+
+class PeerLostError(TrainingError):
+    """Another rank of a round closed its connection, or was silent for too long."""
 
 
 class CheckpointError(TFSparkError, RuntimeError):
