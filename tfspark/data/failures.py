@@ -99,11 +99,18 @@ def _cluster_failure(text: str) -> TrainingError:
             "(spark.executor.memoryOverhead), or take fewer rows at a time (a smaller batch_size, "
             "or accumulation_steps)."
         )
-    if "Checkpoint block" in text:
+    if "ExecutorLostFailure" in text:
+        return WorkerLostError(
+            "An executor must live as long as its tasks. Received: one that was lost, and Spark "
+            "has used up its attempts. Look into its log; most often memory ran out "
+            "(spark.executor.memoryOverhead), or the machine was taken away."
+        )
+    lost = re.search(r"Checkpoint block (\w+) not found", text)
+    if lost:
         return TrainingError(
-            "A commit needs one of its copies. Received: none, they were lost with the executors "
-            "that held them. Train with model_dir=…, and the next optimize() after close() goes "
-            "on from the newest checkpoint there."
+            f"A commit needs one of its copies. Received: none of {lost[1]}, they were lost with "
+            "the executors that held them. Train with model_dir=…, and the next optimize() after "
+            "close() goes on from the newest checkpoint there."
         )
     said = text[text.find("SparkException") :].split("\n\tat ")[0]
     return TrainingError(f"Spark could not finish a job. Received: {said.strip()}")

@@ -86,7 +86,8 @@ class StepRecord:
         step: number of finished steps, this one included; the first is 1.
         loss: of the global batch.
         rows: of the global batch.
-        seconds: by phase ("data", "gradient", "update"), the slowest rank's where it is known.
+        seconds: by phase ("data", "gradient", "update", and "exchange" where it is measured), the
+            slowest rank's where it is known.
     """
 
     step: int
@@ -197,18 +198,22 @@ class RoundResult:
         records: one per finished step.
         halt: why it ended early, if it did.
         seconds: of the whole round, as the driver saw it.
+        fixed_s: what a round costs however many steps it takes, where the engine knows.
     """
 
     commit: Any
     records: tuple[StepRecord, ...]
     halt: Halt | None
     seconds: float
+    fixed_s: float = 0.0
 
 
 class Engine(ABC):
     """How shards travel. See the module's docstring for who calls what."""
 
     name: str
+    most_steps: int | None = None
+    """Steps that a round may have at most; None: any number."""
 
     @abstractmethod
     def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> Any:
@@ -221,8 +226,17 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def round(self, commit: Any, plan: RoundPlan) -> RoundResult:
-        """Takes the steps of a plan from a commit."""
+    def round(
+        self, commit: Any, plan: RoundPlan, tell: Callable[[StepRecord], None] | None = None
+    ) -> RoundResult:
+        """Takes the steps of a plan from a commit.
+
+        Args:
+            commit: the newest.
+            plan: the steps.
+            tell: called with the records of some steps while the round runs, by an engine that
+                hears of them then; in any thread, in the order of the steps.
+        """
 
     @abstractmethod
     def map_states(self, commit: Any, function: Callable[[Run, RankState], Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from tfspark.sync.engine import (
     RoundPlan,
     RoundResult,
     Run,
+    StepRecord,
     merge_accumulators,
     merge_outcomes,
 )
@@ -50,7 +51,12 @@ class LocalEngine(Engine):
         self._readers = [BatchReader(handle, run.order, run.mapping) for handle in self._handles]
         return [make_state(run, rank) for rank in range(run.num_ranks)]
 
-    def round(self, commit: list[RankState], plan: RoundPlan) -> RoundResult:
+    def round(
+        self,
+        commit: list[RankState],
+        plan: RoundPlan,
+        tell: Callable[[StepRecord], None] | None = None,
+    ) -> RoundResult:
         started = time.perf_counter()
         states = [state.settled() for state in commit]
         for index, rates in enumerate(plan.learning_rates):

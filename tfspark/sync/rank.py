@@ -96,14 +96,21 @@ class RankProgram:
         self._gradient = load(run.program.graph)
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
 
-    def replica(self, messages: Sequence[Message]) -> Replica:
-        """Weights and model state from the "shard" messages of all ranks, by rank."""
+    def replica(self, messages: Sequence[Message], flat: np.ndarray | None = None) -> Replica:
+        """Weights and model state from the "shard" messages of all ranks.
+
+        Args:
+            messages: by rank.
+            flat: the weights `[P]`, where they have been joined already.
+        """
         run = self.run
+        if flat is None:
+            flat = run.layout.join([message.arrays["shard"] for message in messages])
         vector = np.concatenate([message.arrays["mean"] for message in messages])
         count = len(run.state_layout.first)
         first = [messages[0].arrays[f"first{i}"] for i in range(count)]
         return Replica(
-            flat=run.layout.join([message.arrays["shard"] for message in messages]),
+            flat=flat,
             state=run.state_layout.assemble(run.state, vector, first),
         )
 

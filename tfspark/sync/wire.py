@@ -28,9 +28,20 @@ from pyspark.serializers import (
 Frames: TypeAlias = RDD  # of bytes; PySpark has no type of its own for them
 
 
-def frames(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]]) -> Frames:
-    """The frames that `function(partition, elements)` yields for each partition of any RDD."""
-    return RDD(_python_rdd(rdd, function).asJavaRDD(), rdd.context, NoOpSerializer())
+def frames(
+    rdd: RDD,
+    function: Callable[[int, Iterable[Any]], Iterable[bytes]],
+    *,
+    barrier: bool = False,
+) -> Frames:
+    """The frames that `function(partition, elements)` yields for each partition of any RDD.
+
+    Args:
+        rdd: any RDD.
+        function: see above.
+        barrier: compute all partitions at the same time, in a barrier stage.
+    """
+    return RDD(_python_rdd(rdd, function, barrier).asJavaRDD(), rdd.context, NoOpSerializer())
 
 
 def exchange(
@@ -123,7 +134,9 @@ def _bridge(context: SparkContext) -> _Bridge:
     return known
 
 
-def _python_rdd(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]]) -> Any:
+def _python_rdd(
+    rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[bytes]], barrier: bool = False
+) -> Any:
     """A JVM RDD of the bytes that a Python function yields."""
     context, jvm = rdd.context, _bridge(rdd.context)
     # A call that was interrupted may have left its broadcasts there, which are destroyed by now.
@@ -143,7 +156,7 @@ def _python_rdd(rdd: RDD, function: Callable[[int, Iterable[Any]], Iterable[byte
         broadcasts,
         context._javaAccumulator,
     )
-    return jvm.python_rdd(rdd._jrdd.rdd(), wrapped, False, False)
+    return jvm.python_rdd(rdd._jrdd.rdd(), wrapped, False, barrier)
 
 
 class _Keyed:

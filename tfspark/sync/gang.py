@@ -1,0 +1,203 @@
+"""The engine `gang`: a round is one barrier stage, whose ranks swap slices over sockets.
+
+```
+handles ─┐
+         zip ──► N tasks at once, one per rank ──► commit
+commit ──┘        │ meet at the driver's rendezvous, connect to each other
+                  └ step, step, step …              sync/gang_rank.py
+```
+
+The driver takes part in a round by control messages only: it lets the ranks find each other, hears
+of their steps, and tells all if one has failed. A round that failed leaves nothing behind: the
+former commit is still there, and the caller may start the same round again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyspark import BarrierTaskContext, Broadcast, StorageLevel
+from pyspark.rdd import RDD
+
+from tfspark.data.failures import TaskFailure, decoded, reporting
+from tfspark.errors import (
+    PeerLostError,
+    StoreLostError,
+    TFSparkError,
+    TrainingError,
+    WorkerLostError,
+)
+from tfspark.sync import wire
+from tfspark.sync.engine import RankState, RoundPlan, RoundResult, Run, StepRecord
+from tfspark.sync.frames import decode, encode
+from tfspark.sync.gang_rank import GangRank
+from tfspark.sync.rank import state_from_message, state_to_message
+from tfspark.sync.rendezvous import MAX_LINE_BYTES, Member, Rendezvous
+from tfspark.sync.spark_engine import SelectRank, SparkEngine, handle_frames, news_of
+from tfspark.sync.tasks import handle_first, program_of, reader_of
+
+_MEETING_S = 300.0
+"""How long ranks wait for each other: Python workers start and programs are loaded in that time."""
+
+_TELL_S = 0.2
+"""Seconds between two reports of a rank to the driver."""
+
+
+class GangEngine(SparkEngine):
+    """Trains in barrier stages; see the module's docstring."""
+
+    name = "gang"
+    most_steps = None
+
+    def _round_handles(self, run: Run) -> RDD:
+        frames = handle_frames(self._source, copies=1)
+        frames.persist(StorageLevel.MEMORY_AND_DISK)  # on one executor, with its store
+        # A barrier stage allows no coalesce in its lineage. Cut off from it, a lost handle is an
+        # error, which makes the caller rebuild.
+        frames.localCheckpoint()
+        with self._job():
+            wire.compute(frames)
+        return frames
+
+    def round(
+        self, commit: RDD, plan: RoundPlan, tell: Callable[[StepRecord], None] | None = None
+    ) -> RoundResult:
+        started = time.perf_counter()
+        assert self._run is not None and self._handles is not None, "start() comes first"
+        self._release_all_but(commit)
+        told: dict[int, str] = {}
+
+        def hear(rank: int, report: dict[str, Any]) -> None:
+            if "error" in report:
+                told[rank] = report["error"]
+            elif tell is not None:
+                tell(StepRecord(**report["record"]))
+
+        host = str(self._context.getConf().get("spark.driver.host"))
+        token = secrets.token_hex(32)
+        num_ranks = self._run.value.num_ranks
+        with Rendezvous(host, num_ranks, token=token, on_report=hear) as meeting:
+            task = _Round(self._run, plan, meeting.address, token, self._news)
+            final = wire.frames(wire.zip_frames(self._handles, commit), task, barrier=True)
+            try:
+                result, outcome = self._committed(final)
+            except TFSparkError as error:
+                raise self._cause(error, meeting.failures, told) from None
+        seconds = time.perf_counter() - started
+        in_steps = sum(sum(record.seconds.values()) for record in outcome.records)
+        return RoundResult(
+            result, outcome.records, outcome.halt, seconds, fixed_s=max(0.0, seconds - in_steps)
+        )
+
+    def collect(
+        self, commit: RDD, select: Callable[[Run, RankState], RankState]
+    ) -> Iterator[RankState]:
+        assert self._run is not None, "start() comes first"
+        # Spark computes all partitions of a barrier stage or none, so one job for each rank.
+        for rank in range(self._run.value.num_ranks):
+            selected = wire.frames(commit, SelectRank(self._run, select, rank))
+            with self._job():
+                (frame,) = selected.collect()
+            yield state_from_message(decode(frame))
+
+    def _cause(
+        self, error: TFSparkError, failures: list[tuple[int, str]], told: dict[int, str]
+    ) -> TFSparkError:
+        """What the first rank that failed said; Spark reports any one of them."""
+        assert self._handles is not None
+        if f"rdd_{self._handles.id()}_" in str(error):
+            return StoreLostError(
+                "Every rank needs the handle of its store. Received: one that was lost with its "
+                "executor. It is written anew."
+            )
+        if not failures:
+            return error
+        rank, text = failures[0]
+        said = decoded(told[rank]) if rank in told else None
+        echo = said is None or isinstance(said, PeerLostError)
+        if isinstance(error, WorkerLostError) and echo:
+            return error  # Spark saw the process die, its peers only a connection
+        if said is not None:
+            return said
+        return PeerLostError(
+            f"All ranks must live until a round has ended. Received: rank {rank} vanished ({text})."
+            " Most often memory ran out, or the machine was lost.",
+            rank=rank,
+            phase="round",
+        )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """The task of one rank in one round."""
+
+    run: Broadcast
+    plan: RoundPlan
+    address: tuple[str, int]
+    token: str
+    news: Any  # Accumulator of {rank: (finished steps, halt, records)}
+
+    def __call__(self, rank: int, pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+        handle, frames = handle_first(pairs)
+        (frame,) = frames
+        run = self.run.value
+        with reporting(rank=rank, phase="round"):
+            program, reader = program_of(run), reader_of(run, handle)
+            state = state_from_message(decode(frame)).settled()
+            reader.prefetch(state.step)
+            with self._member(rank, run.num_ranks) as member:
+                tell = _Teller(member) if rank == 0 else _silent
+                gang = GangRank(program, reader, member.links, tell)
+                state = gang.take_steps(state, self.plan)
+        self.news.add({rank: news_of(run, state)})
+        yield encode(state_to_message(state))
+
+    @contextmanager
+    def _member(self, rank: int, num_ranks: int) -> Iterator[Member]:
+        """Membership of the gang; says how it ended."""
+        context = BarrierTaskContext.get()
+        host = context.getTaskInfos()[rank].address.rpartition(":")[0]
+        with Member.join(
+            self.address,
+            self.token,
+            rank,
+            0,
+            num_ranks,
+            bind_host=host,
+            timeout_s=_MEETING_S,
+        ) as member:
+            try:
+                with reporting(rank=rank, phase="round"):
+                    yield member
+            except TaskFailure as failure:
+                text = str(failure)
+                with suppress(TrainingError):  # the driver is gone: then nobody wants to know
+                    if len(text) < MAX_LINE_BYTES // 2:
+                        member.report({"error": text})
+                member.failed(text)
+                raise
+            member.done()
+
+
+class _Teller:
+    """Tells the driver of steps, not too often."""
+
+    def __init__(self, member: Member):
+        self._member = member
+        self._told_at = float("-inf")
+
+    def __call__(self, record: StepRecord) -> None:
+        self._member.check()  # a rank without peers waits in no exchange that would notice
+        now = time.monotonic()
+        if now - self._told_at >= _TELL_S:
+            self._told_at = now
+            self._member.report({"record": asdict(record)})
+
+
+def _silent(record: StepRecord) -> None:
+    """One rank speaks for all."""

@@ -1,0 +1,179 @@
+"""The steps of one rank of a gang: a rank's arithmetic with exchanges between. Knows no Spark."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from tfspark.data.batches import BatchReader
+from tfspark.sync.collectives import all_reduce_sum
+from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
+from tfspark.sync.frames import Message
+from tfspark.sync.links import Links
+from tfspark.sync.rank import (
+    Contribution,
+    RankProgram,
+    Replica,
+    gradient_message,
+    shard_message,
+)
+
+
+@dataclass
+class Patience:
+    """How long a rank waits for a silent peer.
+
+    A peer that died closes its connections, and a host that vanished answers no keep-alive: both
+    are seen at once. What is left are processes that live and do nothing. A step that takes long
+    must not be taken for one, so the limit is a multiple of the longest step so far.
+
+    Attributes:
+        first_s: before any step has ended: programs are compiled then.
+        least_s: the limit however short steps are.
+        multiple: of the longest step.
+    """
+
+    first_s: float = 600.0
+    least_s: float = 30.0
+    multiple: float = 20.0
+    _longest_s: float | None = field(default=None, repr=False)
+
+    def saw(self, seconds: float) -> None:
+        """Notes how long a step took."""
+        self._longest_s = max(seconds, self._longest_s or 0.0)
+
+    @property
+    def limit_s(self) -> float:
+        """Of the next exchange."""
+        if self._longest_s is None:
+            return self.first_s
+        return max(self.least_s, self.multiple * self._longest_s)
+
+
+class GangRank:
+    """One rank of a gang during one round.
+
+    Args:
+        program: of the run.
+        reader: of the rank's rows.
+        links: to all other ranks.
+        tell: called with the record of every step, as it ends.
+        patience: with silent peers.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        reader: BatchReader,
+        links: Links,
+        tell: Callable[[StepRecord], None],
+        patience: Patience | None = None,
+    ):
+        self._program = program
+        self._reader = reader
+        self._links = links
+        self._tell = tell
+        self._patience = patience or Patience()
+        layout = program.run.layout
+        # With one group, the padded shards one after the other are the flat vector: they are
+        # received into their place.
+        self._whole = (
+            np.zeros(layout.num_ranks * layout.shard_size, layout.dtype)
+            if layout.num_groups == 1
+            else None
+        )
+
+    def take_steps(self, state: RankState, plan: RoundPlan) -> RankState:
+        """The state after the steps of a plan, or after the one that halted."""
+        for index, rates in enumerate(plan.learning_rates):
+            last = index + 1 == plan.num_steps
+            started = time.perf_counter()
+            state = self._step(state, rates, plan, last)
+            if state.halt:
+                break
+            took = time.perf_counter() - started
+            self._patience.saw(took)
+            record = state.records[-1]
+            exchange = max(0.0, took - sum(record.seconds.values()))
+            record = replace(record, seconds={**record.seconds, "exchange": exchange})
+            state.records[-1] = record
+            self._tell(record)
+        return state
+
+    def _step(
+        self, state: RankState, rates: tuple[float, ...], plan: RoundPlan, last: bool
+    ) -> RankState:
+        program, rank, step = self._program, state.rank, state.step
+        run = program.run
+        shards = self._gather_shards(state)
+        halt = next((m.meta["halt"] for m in shards if m.meta["halt"]), None)
+        if halt:
+            # Only the owner of a slice sees that its sum overflowed; the others hear of it here.
+            return replace(state, halt=Halt(**halt))
+        contribution = program.contribute(
+            rank, step, self._replica(shards), self._reader, None if last else step + 1
+        )
+        reduced = program.reduce(self._reduce_scatter(contribution, step))
+        norms = None
+        if run.clips_by_norm and not reduced.halt:
+            norms = all_reduce_sum(
+                self._links,
+                program.squared_norms(rank, reduced),
+                phase="norms",
+                step=step + 1,
+                timeout_s=self._patience.limit_s,
+            )
+        return program.apply(state, reduced, rates, norms, plan.stop)
+
+    def _gather_shards(self, state: RankState) -> list[Message]:
+        """The "shard" messages of all ranks, by rank."""
+        own = shard_message(state)
+        whole, size = self._whole, self._program.run.layout.shard_size
+        if whole is None:
+            return self._all_to_all(own, "weights", state.step)
+
+        def place(source: int, kind: str, name: str, *_: object) -> np.ndarray | None:
+            return whole[source * size : (source + 1) * size] if name == "shard" else None
+
+        whole[state.rank * size : (state.rank + 1) * size] = state.shard
+        return self._all_to_all(own, "weights", state.step, place)
+
+    def _replica(self, shards: list[Message]) -> Replica:
+        if self._whole is None:
+            return self._program.replica(shards)
+        return self._program.replica(shards, self._whole[: self._program.run.layout.size])
+
+    def _reduce_scatter(self, contribution: Contribution, step: int) -> list[Message]:
+        """The "gradient" messages of all ranks for this rank's slice, by rank."""
+        run, rank = self._program.run, contribution.rank
+        outgoing = {peer: gradient_message(run, contribution, peer) for peer in self._links.peers}
+        received = self._exchange(outgoing, "gradient", step)
+        received[rank] = gradient_message(run, contribution, rank)
+        return [received[source] for source in range(run.num_ranks)]
+
+    def _all_to_all(
+        self, own: Message, phase: str, step: int, place: Callable[..., Any] | None = None
+    ) -> list[Message]:
+        """The same message to all; theirs by rank."""
+        received = self._exchange(dict.fromkeys(self._links.peers, own), phase, step, place)
+        received[own.source] = own
+        return [received[source] for source in range(self._links.size)]
+
+    def _exchange(
+        self,
+        outgoing: dict[int, Message],
+        phase: str,
+        step: int,
+        place: Callable[..., Any] | None = None,
+    ) -> dict[int, Message]:
+        return self._links.exchange(
+            outgoing,
+            phase=phase,
+            step=step + 1,
+            timeout_s=self._patience.limit_s,
+            place=place,
+        )

@@ -1,0 +1,99 @@
+"""What the tasks of engines on Spark share, on the side of the worker.
+
+A worker keeps programs and readers between tasks, and must be able to lose them at any time.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from tfspark.data.batches import BatchReader
+from tfspark.data.store import Handle
+from tfspark.errors import TrainingError
+from tfspark.graphdef.loader import configure_threads
+from tfspark.sync.engine import RankState, Run
+from tfspark.sync.frames import Message, decode, encode
+from tfspark.sync.rank import (
+    RankProgram,
+    rank_program,
+    shard_message,
+    state_from_message,
+    state_to_message,
+)
+
+_FROZEN: set[str] = set()  # runs of this worker
+_READERS: dict[tuple[str, Handle], BatchReader] = {}
+
+
+def program_of(run: Run) -> RankProgram:
+    """The programs of a run in this worker, loaded by its first task."""
+    configure_threads(run.task_threads)
+    program = rank_program(run)
+    if run.run_id not in _FROZEN:
+        # PySpark's daemon collects garbage after every task. With TensorFlow imported that took
+        # 200 ms, several times as long as the rest of the task; frozen objects are not looked at.
+        # What former runs left behind is collected first: frozen, it would stay for good.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        _FROZEN.add(run.run_id)
+    return program
+
+
+def reader_of(run: Run, handle: Handle) -> BatchReader:
+    """The reader of a store in this worker.
+
+    Raises:
+        TrainingError: the store holds other rows than when training started.
+    """
+    key = (run.run_id, handle)
+    if key not in _READERS:
+        if run.digests and handle.digest != run.digests[handle.rank]:
+            raise TrainingError(
+                "A data set must give the same rows in the same order each time it is computed. "
+                "Received: other rows, when a lost store was rebuilt. Persist or checkpoint the "
+                "RDD or DataFrame that it is made of, or sort it."
+            )
+        while len(_READERS) >= 8:
+            _READERS.pop(next(iter(_READERS)))
+        _READERS[key] = BatchReader(handle, run.order, run.mapping)
+    return _READERS[key]
+
+
+def handle_first(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[Handle, Iterator[bytes]]:
+    """The handle of this partition, and the frames of all ranks, which may still be coming."""
+    remaining = iter(pairs)
+    handle_frame, frame = next(remaining)
+    return pickle.loads(handle_frame), chain([frame], (frame for _, frame in remaining))
+
+
+def by_source(frames: Iterable[bytes]) -> list[Message]:
+    """Messages by rank."""
+    return sorted(map(decode, frames), key=lambda message: message.source)
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """A task that sends a rank's part of a commit to every rank."""
+
+    num_targets: int
+    slots: bool = True
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        (frame,) = frames
+        state = state_from_message(decode(frame)).settled()
+        yield from to_all(state, self.num_targets, slots=self.slots)
+
+
+def to_all(
+    state: RankState, num_targets: int, *, slots: bool = True
+) -> Iterator[tuple[int, bytes]]:
+    """The shard to every rank; to the rank itself all that it owns."""
+    shard = encode(shard_message(state))
+    for target in range(num_targets):
+        own = slots and target == state.rank
+        yield target, encode(state_to_message(state)) if own else shard
