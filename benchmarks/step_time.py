@@ -1,11 +1,11 @@
-"""Steps per second of tfspark's engine `shuffle` against plain Keras, in one run.
+"""Steps per second of tfspark's engines on Spark against plain Keras, in one run.
 
 Dense networks of 10 thousand, 1 million and 10 million weights, Adam, one global batch size.
-Blocks of steps alternate (Keras, tfspark, Keras, …), so that a machine whose speed drifts slows
-both alike; the figures are medians over blocks. Keras has all cores in one process; tfspark has as
-many ranks as there are cores, one thread each.
+Blocks of steps alternate (Keras, shuffle, gang, Keras, …), so that a machine whose speed drifts
+slows all alike; the figures are medians over blocks. Keras has all cores in one process; tfspark has
+as many ranks as there are cores, one thread each.
 
-    python benchmarks/step_time.py  # four minutes; writes benchmarks/results/step_time.*
+    python benchmarks/step_time.py  # some six minutes; writes benchmarks/results/step_time.*
     python benchmarks/step_time.py --blocks 1 --seconds 2 --out /tmp/quick
 """
 
@@ -30,16 +30,18 @@ from tfspark.context import slots
 WIDTHS = {"10 k": (32, 92, 68), "1 M": (64, 960, 960), "10 M": (256, 3020, 3020)}
 CLASSES = 10
 PHASES = ("data", "gradient", "update", "exchange")
+ENGINES = ("shuffle", "gang")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model's result; seconds are medians."""
+    """One model's result with one engine; seconds are medians."""
 
     model: str
     weights: int
+    engine: str
     keras_steps_per_second: float
-    shuffle_steps_per_second: float
+    steps_per_second: float
     ratio: float
     phase_seconds: dict[str, float]
 
@@ -68,12 +70,20 @@ class KerasSide:
 
 
 class SparkSide:
-    """tfspark with the engine `shuffle`; goes on where it was."""
+    """tfspark with one engine; goes on where it was."""
 
-    def __init__(self, model: keras.Model, x: np.ndarray, y: np.ndarray, batch: int, log_dir: str):
+    def __init__(
+        self,
+        engine: str,
+        model: keras.Model,
+        x: np.ndarray,
+        y: np.ndarray,
+        batch: int,
+        log_dir: str,
+    ):
         dataset = TFDataset.from_ndarrays((x, y), batch_size=batch)
-        self._optimizer = TFOptimizer.from_keras(model, dataset, engine="shuffle", progress=False)
-        self.summary = TrainSummary(log_dir, f"{model.count_params()}-{time.time_ns()}")
+        self._optimizer = TFOptimizer.from_keras(model, dataset, engine=engine, progress=False)
+        self.summary = TrainSummary(log_dir, f"{model.count_params()}-{engine}")
         self._optimizer.set_train_summary(self.summary)
 
     def steps(self, count: int) -> float:
@@ -100,53 +110,60 @@ class SparkSide:
         self._optimizer.close()
 
 
-def measure(name: str, options: argparse.Namespace) -> Row:
-    """One model, both sides in turn."""
+def measure(name: str, options: argparse.Namespace) -> list[Row]:
+    """One model, all sides in turn."""
     inputs, *hidden = WIDTHS[name]
     rng = np.random.default_rng(0)
     x = rng.normal(size=(options.batch * 64, inputs)).astype("float32")
     y = rng.integers(0, CLASSES, len(x)).astype("int32")
+    weights = network(inputs, *hidden).count_params()
     plain = KerasSide(network(inputs, *hidden), x, y, options.batch)
-    model = network(inputs, *hidden)
-    logs = tempfile.TemporaryDirectory()
-    spark = SparkSide(model, x, y, options.batch, logs.name)
-    # Warm up, and find out how many steps fill a block.
-    counts = []
-    for side in (plain, spark):
-        side.steps(3)
-        counts.append(max(2, int(options.seconds / (side.steps(6) / 6))))
-    rates: tuple[list[float], list[float]] = ([], [])
-    for _ in range(options.blocks):
-        for side, count, found in zip((plain, spark), counts, rates, strict=True):
-            found.append(count / side.steps(count))
-    keras_rate, spark_rate = (statistics.median(found) for found in rates)
-    ratios = [s / k for k, s in zip(*rates, strict=True)]
-    row = Row(
-        name,
-        model.count_params(),
-        keras_rate,
-        spark_rate,
-        statistics.median(ratios),
-        spark.phases(counts[1] * options.blocks),
-    )
-    spark.close()
-    logs.cleanup()
-    return row
+    with tempfile.TemporaryDirectory() as logs:
+        engines = [
+            SparkSide(engine, network(inputs, *hidden), x, y, options.batch, logs)
+            for engine in ENGINES
+        ]
+        # Warm up, and find out how many steps fill a block.
+        counts = []
+        for side in (plain, *engines):
+            side.steps(3)
+            counts.append(max(2, int(options.seconds / (side.steps(6) / 6))))
+        rates: list[list[float]] = [[] for _ in counts]
+        for _ in range(options.blocks):
+            for side, count, found in zip((plain, *engines), counts, rates, strict=True):
+                found.append(count / side.steps(count))
+        rows = [
+            Row(
+                name,
+                weights,
+                engine,
+                statistics.median(rates[0]),
+                statistics.median(found),
+                statistics.median(s / k for k, s in zip(rates[0], found, strict=True)),
+                side.phases(count * options.blocks),
+            )
+            for engine, side, count, found in zip(
+                ENGINES, engines, counts[1:], rates[1:], strict=True
+            )
+        ]
+        for side in engines:
+            side.close()
+    return rows
 
 
 def table(rows: list[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| weights | Keras steps/s | shuffle steps/s | ratio | "
+        "| weights | engine | Keras steps/s | steps/s | ratio | "
         + " | ".join(f"{phase} ms" for phase in PHASES)
         + " |",
-        "|---" * (4 + len(PHASES)) + "|",
+        "|---" * (5 + len(PHASES)) + "|",
     ]
     for row in rows:
         phases = " | ".join(f"{row.phase_seconds[phase] * 1e3:.1f}" for phase in PHASES)
         lines.append(
-            f"| {row.model} | {row.keras_steps_per_second:.1f} | "
-            f"{row.shuffle_steps_per_second:.1f} | {row.ratio:.3f} | {phases} |"
+            f"| {row.model} | `{row.engine}` | {row.keras_steps_per_second:.1f} | "
+            f"{row.steps_per_second:.1f} | {row.ratio:.3f} | {phases} |"
         )
     return "\n".join(lines)
 
@@ -158,18 +175,22 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(rows), figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(WIDTHS), figsize=(10, 4.2), layout="constrained")
     colors = dict(zip(PHASES, ("tab:green", "tab:blue", "tab:purple", "tab:gray"), strict=True))
-    for axis, row in zip(axes, rows, strict=True):
-        axis.bar(["Keras"], [1e3 / row.keras_steps_per_second], color="tab:orange")
-        bottom = 0.0
-        for phase in PHASES:
-            height = row.phase_seconds[phase] * 1e3
-            axis.bar(["shuffle"], [height], bottom=bottom, color=colors[phase], label=phase)
-            bottom += height
-        axis.set(title=f"{row.model} weights, ratio {row.ratio:.2f}", ylabel="ms per step")
+    for axis, model in zip(axes, WIDTHS, strict=True):
+        found = [row for row in rows if row.model == model]
+        axis.bar(["Keras"], [1e3 / found[0].keras_steps_per_second], color="tab:orange")
+        for row in found:
+            bottom = 0.0
+            for phase in PHASES:
+                height = row.phase_seconds[phase] * 1e3
+                label = phase if row is found[0] else None
+                axis.bar([row.engine], [height], bottom=bottom, color=colors[phase], label=label)
+                bottom += height
+        ratios = ", ".join(f"{row.engine} {row.ratio:.2f}" for row in found)
+        axis.set(title=f"{model} weights\nratio: {ratios}", ylabel="ms per step")
     axes[0].legend()
-    figure.suptitle("A step of the engine shuffle against plain Keras, same batch")
+    figure.suptitle("A step of each engine on Spark against plain Keras, same batch")
     figure.savefig(path, dpi=150)
 
 
@@ -191,7 +212,7 @@ def main() -> None:
         "spark": context.version,
         "batch": options.batch,
     }
-    rows = [measure(name, options) for name in WIDTHS]
+    rows = [row for name in WIDTHS for row in measure(name, options)]
     text = table(rows)
     print(text)
     content = {"machine": machine, "rows": [asdict(row) for row in rows]}

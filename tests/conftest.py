@@ -25,13 +25,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def sc() -> Iterator[SparkContext]:
-    """One embedded Spark of two slots for the whole run."""
+    """One embedded Spark for the whole run, with slots for the gangs of all tests."""
     from tfspark.context import init_nncontext
 
     context = init_nncontext(
         {"spark.ui.enabled": "false", "spark.driver.memory": "2g"},
         app_name="tfspark tests",
-        master="local[2]",
+        master="local[4]",
     )
     yield context
     context.stop()

@@ -76,9 +76,10 @@ def init_nncontext(
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
-      task away from its store costs a rebuild of the store; and a shorter
+      task away from its store costs a rebuild of the store; a shorter
       `spark.storage.cachedPeersTtl`, so that soon after the loss of an executor commits have two
-      copies again.
+      copies again; and shorter waits of barrier stages for a lost executor's successor
+      (`spark.scheduler.barrier.maxConcurrentTasksCheck`).
 
     Args:
         conf: Spark settings, as a dict or a `SparkConf`; a string is the application's name.
@@ -256,6 +257,10 @@ def _defaults(master: str) -> dict[str, str]:
         # Milliseconds that an executor believes to know the others. With the usual minute, one that
         # was alone for a moment keeps commits to itself for as long, and they die with it.
         "spark.storage.cachedPeersTtl": "2000",
+        # A barrier stage waits for slots by asking now and then, by default every 15 s. An executor
+        # that was lost is often back within a few.
+        "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "1s",
+        "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": "120",
     }
     if master.startswith("local"):
         defaults |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}

@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture(params=["local", "shuffle"])
+@pytest.fixture(params=["local", "shuffle", "gang"])
 def engine(request, sc):
-    """The name of an engine; Spark is there for both, since both read RDDs."""
+    """The name of an engine; Spark is there for all, since all read RDDs."""
     return request.param

@@ -14,6 +14,7 @@ from tfspark.errors import (
     InvalidInputError,
     NonFiniteError,
     ProgramError,
+    TrainingError,
     UnsupportedRuleError,
 )
 from tfspark.train.engines import choose_engine
@@ -84,6 +85,11 @@ BAD = {
         lambda: TFOptimizer.from_loss(tf.constant(1.0), "adam", dataset=data(), **LOCAL),
         ProgramError,
         "a tensor of a graph.*disable_eager_execution",
+    ),
+    "a misspelt setting": (
+        lambda: keras_optimizer(num_rank=2),
+        InvalidInputError,
+        "Settings of a training are.*num_ranks.*Received: num_rank. Did you mean num_ranks",
     ),
     "no loss at all": (
         lambda: keras_optimizer(loss=None),
@@ -230,7 +236,8 @@ def test_a_loss_of_another_graph():
     dataset = data()
     with tf.Graph().as_default():
         x, _ = dataset.tensors
-    with tf.Graph().as_default(), pytest.raises((ProgramError, ValueError)):
+    message = "in the graph of the data set's tensors.*features:0"
+    with tf.Graph().as_default(), pytest.raises(ProgramError, match=message):
         own = v1.placeholder(tf.float32, [None, 6])
         TFOptimizer.from_loss(
             tf.reduce_mean(own @ kernel()), "adam", dataset=dataset, inputs=(x, x), **LOCAL
@@ -261,17 +268,38 @@ def test_the_setting_of_an_application(sc, monkeypatch):
         def getConf(self):
             return {"spark.tfspark.engine": self.value}
 
-    assert choose_engine("auto", Context("local")) == "local"
-    assert choose_engine("shuffle", Context("local")) == "shuffle"
+    assert choose_engine("auto", Context("local"), 2) == "local"
+    assert choose_engine("shuffle", Context("local"), 2) == "shuffle"
     with pytest.raises(InvalidInputError, match=r"Received: spark\.tfspark\.engine='gangs'"):
-        choose_engine("auto", Context("gangs"))
-    assert choose_engine("auto", sc) == "shuffle"
-    assert choose_engine("auto", None) == "local"
+        choose_engine("auto", Context("gangs"), 2)
+    assert choose_engine("auto", sc, 4) == "gang"
+    assert choose_engine("auto", sc, 5) == "shuffle"
+    with pytest.raises(InvalidInputError, match=r"4 task slots for 5 ranks.*shuffle"):
+        choose_engine("gang", sc, 5)
+    assert choose_engine("auto", None, 2) == "local"
     with pytest.raises(InvalidInputError, match=r"no active SparkContext.*init_nncontext\(\)"):
-        choose_engine("shuffle", None)
+        choose_engine("shuffle", None, 2)
 
 
-@pytest.mark.parametrize("engine", ["local", "shuffle"])
+@pytest.mark.parametrize("engine", ["local", "shuffle", "gang"])
+def test_what_an_operation_complains_of(sc, engine):
+    x, y = classified(26)
+    y[17] = 12
+    dataset = TFDataset.from_ndarrays((x, y), batch_size=8, shuffle=False)
+    optimizer = TFOptimizer.from_keras(
+        classifier(), dataset, loss=LOSS, optimizer="sgd", engine=engine, num_ranks=1,
+        progress=False,
+    )  # fmt: skip
+    with pytest.raises(TrainingError) as raised:
+        optimizer.optimize(MaxIteration(9))
+    assert (raised.value.rank, raised.value.step) == (0, 3)
+    assert re.search(r"compute every batch.*label value of 12", str(raised.value))
+    assert "Traceback" not in str(raised.value)
+    assert 1 <= optimizer.step < 3  # that of the last commit
+    optimizer.close()
+
+
+@pytest.mark.parametrize("engine", ["local", "shuffle", "gang"])
 @pytest.mark.parametrize("what", ["row", "rate"])
 def test_not_a_number_stops_and_keeps_the_last_good_weights(sc, engine, what):
     """A row that is NaN, or a rate so high that the weights explode."""

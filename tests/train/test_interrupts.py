@@ -87,8 +87,9 @@ def handler(request, sc):
     signal.signal(signal.SIGINT, former)
 
 
-def test_an_interrupted_round_is_cancelled(sc, handler):
-    model, optimizer = training("shuffle", slow_step=3)
+@pytest.mark.parametrize("engine", ["shuffle", "gang"])
+def test_an_interrupted_round_is_cancelled(sc, handler, engine):
+    model, optimizer = training(engine, slow_step=3)
     interrupt = Interrupt(sc, optimizer, 1)
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +102,7 @@ def test_an_interrupted_round_is_cancelled(sc, handler):
     optimizer.close()
 
 
-@pytest.mark.parametrize("engine", ["local", "shuffle"])
+@pytest.mark.parametrize("engine", ["local", "shuffle", "gang"])
 def test_an_error_between_rounds_keeps_the_commit(sc, engine):
     """Whatever the driver was doing: here, a validation that is interrupted."""
     model, optimizer = training(engine)
@@ -121,9 +122,10 @@ def test_an_error_between_rounds_keeps_the_commit(sc, engine):
     assert_same_bits(model.get_weights(), undisturbed(5))
 
 
-def test_a_commit_outlives_a_round_whose_result_was_lost(sc):
+@pytest.mark.parametrize("engine", ["shuffle", "gang"])
+def test_a_commit_outlives_a_round_whose_result_was_lost(sc, engine):
     """An interrupt may come when the engine has the new commit and the caller not yet."""
-    model, optimizer = training("shuffle")
+    model, optimizer = training(engine)
     optimizer.optimize(MaxIteration(2))
     loop = optimizer._training.loop
     assert loop is not None

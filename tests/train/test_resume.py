@@ -109,7 +109,7 @@ def test_resumed_equals_uninterrupted(tmp_path, stop):
 
 
 @pytest.mark.parametrize(
-    "engines", [("shuffle", "shuffle"), ("local", "shuffle"), ("shuffle", "local")], ids="-".join
+    "engines", [("shuffle", "shuffle"), ("local", "gang"), ("gang", "shuffle")], ids="-".join
 )
 def test_resumed_on_any_engine(sc, tmp_path, engines):
     undisturbed = Training().to(13)

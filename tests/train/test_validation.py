@@ -255,14 +255,15 @@ def test_curves(tmp_path):
     assert spy.values("Loss")[0] == pytest.approx(float(losses[0]), rel=1e-5)
 
 
-def test_curves_from_the_executors(sc, tmp_path):
+@pytest.mark.parametrize("engine", ["shuffle", "gang"])
+def test_curves_from_the_executors(sc, tmp_path, engine):
     spy = Spy(tmp_path)
-    local, shuffle = (
-        TFOptimizer.from_keras(classifier(), data(), engine=engine, num_ranks=2, progress=False)
-        for engine in ("local", "shuffle")
+    local, other = (
+        TFOptimizer.from_keras(classifier(), data(), engine=name, num_ranks=2, progress=False)
+        for name in ("local", engine)
     )
-    spy(shuffle).optimize(MaxIteration(9))
-    shuffle.close()
+    spy(other).optimize(MaxIteration(9))
+    other.close()
     reference = Spy(tmp_path / "local")
     reference(local).optimize(MaxIteration(9))
     np.testing.assert_array_equal(spy.values("Loss"), reference.values("Loss"))

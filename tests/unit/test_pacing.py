@@ -17,3 +17,15 @@ from tfspark.train.pacing import Pacing
 )
 def test_steps(horizons, seconds_per_step, steps):
     assert Pacing(target_s=2.0, most_steps=32).steps(horizons, seconds_per_step) == steps
+
+
+@pytest.mark.parametrize(
+    ("fixed_s", "steps"),
+    [
+        (0.01, 4),  # two seconds hide it
+        (0.3, 20),  # ten seconds, of which it is three percent
+        (5.0, 60),  # but never more than half a minute is at stake
+    ],
+)
+def test_a_fixed_cost_lengthens_rounds(fixed_s, steps):
+    assert Pacing().steps([10**6], 0.5, fixed_s) == steps

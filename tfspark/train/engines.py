@@ -7,38 +7,38 @@ from typing import Any
 
 from pyspark import SparkContext
 
+from tfspark.context import slots
 from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
 from tfspark.sync.engine import Engine
+from tfspark.sync.gang import GangEngine
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.shuffle import ShuffleEngine
+from tfspark.sync.spark_engine import SparkEngine
 
 logger = logging.getLogger("tfspark")
 
-ENGINES = ("local", "shuffle")
+ENGINES = ("local", "shuffle", "gang")
 SETTING = "spark.tfspark.engine"
 
 
-def choose_engine(requested: str, context: SparkContext | None) -> str:
+def choose_engine(requested: str, context: SparkContext | None, num_ranks: int) -> str:
     """The engine to use; says in one log line which one `"auto"` took and why.
 
     Args:
         requested: `"auto"`, or the name of an engine. `"auto"` takes the application's setting
             `spark.tfspark.engine` where there is one.
         context: the active SparkContext, or None.
+        num_ranks: N.
 
     Raises:
-        InvalidInputError: there is no such engine, or it needs a SparkContext that is not there.
+        InvalidInputError: there is no such engine, or it needs what is not there.
     """
     source = "engine="
     if requested == "auto" and context is not None:
         requested, source = context.getConf().get(SETTING, "auto"), f"{SETTING}="
     if requested == "auto":
-        chosen, reason = (
-            ("shuffle", "there is a SparkContext")
-            if context is not None
-            else ("local", "there is no SparkContext")
-        )
+        chosen, reason = _best(context, num_ranks)
         logger.info("Engine %r, because %s.", chosen, reason)
         return chosen
     if requested not in ENGINES:
@@ -51,7 +51,33 @@ def choose_engine(requested: str, context: SparkContext | None) -> str:
             f"The engine {requested!r} runs in Spark. Received: no active SparkContext. "
             "Call init_nncontext() first, or use engine='local'."
         )
+    obstacle = gang_obstacle(context, num_ranks) if requested == "gang" and context else None
+    if obstacle:
+        raise InvalidInputError(
+            f"The engine 'gang' runs all ranks at the same time. Received: {obstacle}. "
+            "Use engine='shuffle', which has no such needs."
+        )
     return requested
+
+
+def _best(context: SparkContext | None, num_ranks: int) -> tuple[str, str]:
+    """The engine that "auto" takes, and why."""
+    if context is None:
+        return "local", "there is no SparkContext"
+    obstacle = gang_obstacle(context, num_ranks)
+    if obstacle:
+        return "shuffle", f"'gang' cannot run: {obstacle}"
+    return "gang", f"there are slots for all {num_ranks} ranks at the same time"
+
+
+def gang_obstacle(context: SparkContext, num_ranks: int) -> str | None:
+    """What keeps the engine `gang` from running here, or None."""
+    if context.getConf().get("spark.dynamicAllocation.enabled") == "true":
+        return "dynamic allocation, with which Spark runs no barrier stages"
+    available = slots(context)
+    if available < num_ranks:
+        return f"{available} task slots for {num_ranks} ranks"
+    return None
 
 
 def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkContext | None) -> Any:
@@ -67,4 +93,5 @@ def make_engine(name: str, materialised: Any, context: SparkContext | None) -> E
     if name == "local":
         return LocalEngine(materialised.handles)
     assert context is not None
-    return ShuffleEngine(context, materialised.rdd)
+    engines: dict[str, type[SparkEngine]] = {"shuffle": ShuffleEngine, "gang": GangEngine}
+    return engines[name](context, materialised.rdd)

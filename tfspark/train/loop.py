@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from tfspark.data.order import BatchOrder
-from tfspark.errors import NonFiniteError, StoreLostError, WorkerLostError
+from tfspark.errors import NonFiniteError, PeerLostError, StoreLostError, WorkerLostError
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.pacing import Pacing
@@ -117,14 +117,16 @@ class TrainingLoop:
                 that is good on all ranks.
             TFSparkError: whatever the engine met; `commit` stays good.
         """
-        seconds_per_step = None
+        seconds_per_step, fixed_s = None, 0.0
         while not end(self.progress):
-            result = self._round(self._next_steps(checkpoint, validation, seconds_per_step), end)
+            steps = self._next_steps(checkpoint, validation, seconds_per_step, fixed_s)
+            result = self._round(steps, end)
             self._record(result)
             self._advance(result)
             if result.halt and result.halt.kind == "non_finite":
                 raise _non_finite(result)
-            seconds_per_step = result.seconds / len(result.records)
+            fixed_s = result.fixed_s
+            seconds_per_step = (result.seconds - fixed_s) / len(result.records)
             if self.validate and validation(self.progress):
                 self._validate()
             if self.store and checkpoint(self.progress):
@@ -150,13 +152,17 @@ class TrainingLoop:
         self._saved_step = self.progress.step
 
     def _next_steps(
-        self, checkpoint: Trigger, validation: Trigger, seconds_per_step: float | None
+        self,
+        checkpoint: Trigger,
+        validation: Trigger,
+        seconds_per_step: float | None,
+        fixed_s: float,
     ) -> int:
         # The end trigger need not bound a round: ranks ask it after each step (StopWhen).
         watched = [checkpoint] if self.store else []
         watched += [validation] if self.validate else []
         horizons = [trigger.horizon(self.progress) for trigger in watched]
-        return self.pacing.steps(horizons, seconds_per_step)
+        return self.pacing.steps(horizons, seconds_per_step, fixed_s)
 
     def _round(self, num_steps: int, end: Trigger) -> RoundResult:
         first = self.progress.step
@@ -167,7 +173,12 @@ class TrainingLoop:
             ),
             stop=StopWhen(end, self.run.order, self.progress.score),
         )
-        return self.insist(lambda: self.engine.round(self.commit, plan))
+        return self.insist(lambda: self.engine.round(self.commit, plan, self._live))
+
+    def _live(self, record: StepRecord) -> None:
+        """Shows a step of the round that runs."""
+        at = progress_at(self.run.order, record.step, record.loss, self.progress.score)
+        self.reporter.update(at, record.rows / sum(record.seconds.values()))
 
     def insist(self, job: Callable[[], T]) -> T:
         """The result of a job, which is done again if it lost a store or a worker.
@@ -185,7 +196,7 @@ class TrainingLoop:
                     "Rebuilding lost stores (%d of %d): %s", attempt, MOST_RETRIES, error
                 )
                 self.engine.rebuild()
-            except WorkerLostError as error:
+            except (WorkerLostError, PeerLostError) as error:
                 logger.warning("Trying again (%d of %d): %s", attempt, MOST_RETRIES, error)
         return job()
 
@@ -232,7 +243,9 @@ class TrainingLoop:
 
 
 def _phases(record: StepRecord, seconds_per_step: float) -> dict[str, float]:
-    """Seconds of each phase; what is no phase of a task is exchange and scheduling."""
+    """Seconds of each phase; where the exchange is not measured, it is what is left."""
+    if "exchange" in record.seconds:
+        return {f"Phase/{name}": value for name, value in record.seconds.items()}
     rest = max(0.0, seconds_per_step - sum(record.seconds.values()))
     return {f"Phase/{name}": value for name, value in {**record.seconds, "exchange": rest}.items()}
 

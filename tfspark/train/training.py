@@ -21,6 +21,7 @@ from tfspark.sync.engine import Engine, Run
 from tfspark.train.engines import choose_engine, make_engine, materialise
 from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
+from tfspark.train.pacing import Pacing
 from tfspark.train.progress import planned_steps, progress_reporter
 from tfspark.train.recipe import Recipe
 from tfspark.train.saving import FromCheckpoint, FromValues, Here, Trained
@@ -45,9 +46,9 @@ class Training:
     def __init__(self, recipe: Recipe, saved: FromCheckpoint | None):
         self._recipe = recipe
         self._context = SparkContext._active_spark_context
-        self._name = choose_engine(recipe.settings.engine, self._context)
         context = self._context
         num_ranks = recipe.settings.num_ranks or (slots(context) if context else 1)
+        self._name = choose_engine(recipe.settings.engine, context, num_ranks)
         train_set = materialise(self._name, recipe.dataset, num_ranks, context)
         flat, state = recipe.bound.values()
         run = _run(
@@ -114,6 +115,7 @@ class Training:
             reporter=progress_reporter(False, None),
             store=self._recipe.store,
             retention=self._recipe.settings.retention,
+            pacing=Pacing(most_steps=engine.most_steps),
             scores=scores,
         )
 
