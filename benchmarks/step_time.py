@@ -2,8 +2,8 @@
 
 Dense networks of 10 thousand, 1 million and 10 million weights, Adam, one global batch size.
 Blocks of steps alternate (Keras, shuffle, gang, Keras, …), so that a machine whose speed drifts
-slows all alike; the figures are medians over blocks. Keras has all cores in one process; tfspark has
-as many ranks as there are cores, one thread each.
+slows all alike; the figures are medians over blocks. Keras has all cores in one process; tfspark
+has as many ranks as there are cores, one thread each.
 
     python benchmarks/step_time.py  # some six minutes; writes benchmarks/results/step_time.*
     python benchmarks/step_time.py --blocks 1 --seconds 2 --out /tmp/quick
