@@ -25,7 +25,8 @@ from tfspark.errors import InvalidInputError, TrainingError
 from tfspark.sync.collectives import all_gather_small, barrier
 from tfspark.sync.frames import Message
 from tfspark.sync.links import PeerLostError
-from tfspark.sync.rendezvous import Member, Rendezvous, _hello
+from tfspark.sync.member import Member, _hello
+from tfspark.sync.rendezvous import Rendezvous
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "söcret"
@@ -472,7 +473,7 @@ class TestProcesses:
         import numpy as np
         from tfspark.errors import TrainingError
         from tfspark.sync.frames import Message
-        from tfspark.sync.rendezvous import Member
+        from tfspark.sync.member import Member
 
         rank, port = int(sys.argv[1]), int(sys.argv[2])
         member = Member.join(

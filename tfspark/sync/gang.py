@@ -33,11 +33,13 @@ from tfspark.errors import (
     WorkerLostError,
 )
 from tfspark.sync import wire
+from tfspark.sync.control import MAX_LINE_BYTES
 from tfspark.sync.engine import RankState, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.frames import decode, encode
 from tfspark.sync.gang_rank import GangRank
+from tfspark.sync.member import Member
 from tfspark.sync.rank import state_from_message, state_to_message
-from tfspark.sync.rendezvous import MAX_LINE_BYTES, Member, Rendezvous
+from tfspark.sync.rendezvous import Rendezvous
 from tfspark.sync.spark_engine import SelectRank, SparkEngine, handle_frames, news_of
 from tfspark.sync.tasks import handle_first, program_of, reader_of
 
