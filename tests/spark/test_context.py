@@ -23,7 +23,7 @@ def test_the_active_context_is_joined(sc, caplog):
 
 
 def test_slots_and_threads_of_a_local_master(sc):
-    assert context.slots(sc) == 2
+    assert context.slots(sc) == 4  # local[4]
     assert context.task_threads(sc) == 1
 
 
