@@ -224,6 +224,7 @@ def _start(requested: dict[str, str]) -> SparkContext:
         conf.set("spark.app.name", Path(sys.argv[0]).stem or "tfspark")
     conf.setIfMissing("spark.master", "local[*]")
     master = str(conf.get("spark.master"))
+    chosen_level = conf.contains("spark.log.level")
     for key, value in _defaults(master).items():
         conf.setIfMissing(key, value)
     if _sockets_work(master, conf):
@@ -232,9 +233,8 @@ def _start(requested: dict[str, str]) -> SparkContext:
         os.environ.setdefault(
             "PYSPARK_PYTHON", conf.get("spark.pyspark.python", sys.executable) or sys.executable
         )
-    quiet = "spark.log.level" in _defaults(master) and conf.get("spark.log.level") == "ERROR"
     context = SparkContext(conf=conf)
-    if quiet:
+    if not chosen_level and "spark.log.level" in _defaults(master):
         _silence(context, _TASK_LOGGERS)
     return context
 

@@ -9,7 +9,7 @@ SEVERAL = """
     from spark_app import *
 
     with application("local[2]") as sc:
-        one, other = dict(name="dense"), dict(name="lstm")
+        one, other = dict(name="dense", engine=ENGINE), dict(name="lstm", engine=ENGINE)
         apart = [train(sc, 30, **one), train(sc, 30, **other)]
         models = [optimizer(sc, **one), optimizer(sc, **other)]
         threads = [
@@ -28,8 +28,9 @@ SEVERAL = """
 """
 
 
-def test_two_trainings_apart_and_together_give_the_same_bits(application):
-    result = application(SEVERAL)
+@pytest.mark.parametrize("engine", ["shuffle", "gang"])
+def test_two_trainings_apart_and_together_give_the_same_bits(application, engine):
+    result = application(SEVERAL.replace("ENGINE", repr(engine)))
     assert result["apart"] == result["together"]
     assert result["left"] == 0
 

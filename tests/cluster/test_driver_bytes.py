@@ -10,6 +10,7 @@ SOURCE = """
     import numpy as np
     from spark_app import *
     from tfspark import SeveralIteration
+    from tfspark.sync.control import Lines
 
     STEPS = 3
     # With NIO the JVM reads its sockets by read(2), which the kernel counts per process: task
@@ -18,7 +19,16 @@ SOURCE = """
 
     def received():
         with open(f"/proc/{driver_jvm()}/io") as counters:
-            return int(counters.readline().removeprefix("rchar:"))
+            return int(counters.readline().removeprefix("rchar:")) + sum(control)
+
+    # What ranks of a gang send to the driver's Python process.
+    control, feed = [], Lines.feed
+
+    def counted(self, data):
+        control.append(len(data))
+        return feed(self, data)
+
+    Lines.feed = counted
 
     with application("local-cluster[2,1,1024]", **NIO) as sc:
         model = keras.Sequential(
@@ -30,7 +40,7 @@ SOURCE = """
         )
         training = TFOptimizer.from_keras(
             model, data, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            optimizer=keras.optimizers.SGD(0.1), engine="shuffle", num_ranks=2, progress=False,
+            optimizer=keras.optimizers.SGD(0.1), engine=ENGINE, num_ranks=2, progress=False,
         )
         training.optimize(MaxIteration(1))
         loop, never = training._training.loop, SeveralIteration(10**6)
@@ -42,13 +52,15 @@ SOURCE = """
         training.close()
     print(json.dumps(dict(
         step=loop.progress.step, weights=4 * model.count_params(),
-        a_step=(trained - before) / STEPS, home=home - trained,
+        a_step=(trained - before) / STEPS, home=home - trained, control=sum(control),
     )))
 """
 
 
-def test_the_driver_receives_less_than_a_megabyte_a_step(application):
-    result = application(SOURCE)
+@pytest.mark.parametrize("engine", ["shuffle", "gang"])
+def test_the_driver_receives_less_than_a_megabyte_a_step(application, engine):
+    result = application(SOURCE.replace("ENGINE", repr(engine)))
+    assert bool(result["control"]) == (engine == "gang")
     assert result["step"] == 4 and result["weights"] == 80_000_000
     assert result["a_step"] < 1_000_000, result
     # The same measure sees the weights when they do come.

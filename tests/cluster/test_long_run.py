@@ -1,4 +1,4 @@
-"""Thousands of steps: nothing grows on the driver, on the executors, or on disk."""
+"""Thousands of steps, hundreds of rounds: nothing grows on the driver, on executors, or on disk."""
 
 import pytest
 
@@ -8,6 +8,7 @@ SOURCE = """
     import gc, json, os, time
     from pyspark.accumulators import _accumulatorRegistry
     from spark_app import *
+    from tfspark import SeveralIteration
 
     folder = {folder!r}
 
@@ -40,14 +41,19 @@ SOURCE = """
             files=len(files()),
             file_mb=sum(os.path.getsize(path) for path in files()) / 2**20,
             driver_descriptors=len(os.listdir(f"/proc/{{here}}/fd")),
+            driver_threads=len(os.listdir(f"/proc/{{here}}/task")),
+            worker_descriptors=max(len(os.listdir(f"/proc/{{w}}/fd")) for w in workers),
             jvm_descriptors=len(os.listdir(f"/proc/{{jvm}}/fd")),
         )
 
     with application("local[2]", local__dir=folder) as sc:
-        model, training = optimizer(sc, "dense")
-        training.optimize(MaxIteration(500))
+        val_rdd = sc.parallelize([0], 1).flatMap(Rows("dense", (20,)))
+        model, training = optimizer(sc, "dense", engine={engine!r}, val_rdd=val_rdd)
+        # A gang's rounds are as long as the steps between two validations.
+        every = dict(validation_trigger=SeveralIteration({validate_every}))
+        training.optimize(MaxIteration(500), **every)
         early = measured(sc)
-        training.optimize(MaxIteration(2000))
+        training.optimize(MaxIteration(2000), **every)
         assert training.step == 2000
         late = measured(sc)
         training.close()
@@ -56,9 +62,11 @@ SOURCE = """
 """
 
 
-@pytest.fixture(scope="module")
-def measurements(application, tmp_path_factory):
-    return application(SOURCE.format(folder=str(tmp_path_factory.mktemp("spark"))))
+@pytest.fixture(scope="module", params=[("shuffle", 10_000), ("gang", 8)], ids=lambda p: p[0])
+def measurements(application, tmp_path_factory, request):
+    engine, validate_every = request.param
+    folder = str(tmp_path_factory.mktemp("spark"))
+    return application(SOURCE.format(folder=folder, engine=engine, validate_every=validate_every))
 
 
 # What 1,500 steps may add. One step leaves 4 shuffle files and 2 RDDs if nothing is freed.
@@ -72,6 +80,8 @@ MOST = {
     "files": 20,
     "file_mb": 2,
     "driver_descriptors": 4,
+    "driver_threads": 4,
+    "worker_descriptors": 4,
     "jvm_descriptors": 20,
 }
 

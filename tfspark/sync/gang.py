@@ -40,7 +40,7 @@ from tfspark.sync.gang_rank import GangRank
 from tfspark.sync.member import Member
 from tfspark.sync.rank import state_from_message, state_to_message
 from tfspark.sync.rendezvous import Rendezvous
-from tfspark.sync.spark_engine import SelectRank, SparkEngine, handle_frames, news_of
+from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
 from tfspark.sync.tasks import handle_first, program_of, reader_of
 
 _MEETING_S = 300.0
@@ -102,7 +102,7 @@ class GangEngine(SparkEngine):
         assert self._run is not None, "start() comes first"
         # Spark computes all partitions of a barrier stage or none, so one job for each rank.
         for rank in range(self._run.value.num_ranks):
-            selected = wire.frames(commit, SelectRank(self._run, select, rank))
+            selected = wire.frames(commit, _SelectRank(self._run, select, rank))
             with self._job():
                 (frame,) = selected.collect()
             yield state_from_message(decode(frame))
@@ -184,6 +184,21 @@ class _Round:
                 member.failed(text)
                 raise
             member.done()
+
+
+@dataclass(frozen=True)
+class _SelectRank:
+    """Selects from the state of one rank; yields nothing for the others."""
+
+    run: Broadcast
+    select: Callable[[Run, RankState], RankState]
+    rank: int
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            if rank == self.rank:
+                state = self.select(self.run.value, state_from_message(decode(frame)))
+                yield encode(state_to_message(state))
 
 
 class _Teller:

@@ -147,15 +147,16 @@ class RankProgram:
         loss_sum, gradient, state = 0.0, None, replica.state
         for part in range(parts):
             low, high = bounds[part], bounds[part + 1]
-            part_loss, part_gradient, state = self._call(
-                rank,
-                step * run.accumulation_steps + part,
-                replica.flat,
-                state,
-                [batch[i][low:high] if parts > 1 else batch[i] for i in run.program.batch],
-                int(high - low),
-                global_rows,
-            )
+            with _batch_errors(rank=rank, step=step + 1):
+                part_loss, part_gradient, state = self._call(
+                    rank,
+                    step * run.accumulation_steps + part,
+                    replica.flat,
+                    state,
+                    [batch[i][low:high] if parts > 1 else batch[i] for i in run.program.batch],
+                    int(high - low),
+                    global_rows,
+                )
             loss_sum += part_loss
             gradient = part_gradient if gradient is None else gradient + part_gradient
         assert gradient is not None
@@ -188,15 +189,14 @@ class RankProgram:
             for slot, value in zip(run.program.state, state, strict=True)
         ]
         seed = np.array([run.seed + rank * _GOLDEN, seed_step], object) & (2**64 - 1)
-        with _batch_errors(rank=rank, step=seed_step // run.accumulation_steps + 1):
-            outputs = self._gradient(
-                flat,
-                *shifted,
-                *batch,
-                np.int64(rows),
-                np.int64(global_rows),
-                seed.astype(np.uint64).view(np.int64),
-            )
+        outputs = self._gradient(
+            flat,
+            *shifted,
+            *batch,
+            np.int64(rows),
+            np.int64(global_rows),
+            seed.astype(np.uint64).view(np.int64),
+        )
         new_state = [
             _shift_seed(value, -rank) if slot.kind == "seed" else value
             for slot, value in zip(

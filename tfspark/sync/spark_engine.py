@@ -287,18 +287,3 @@ class _LatestByRank(AccumulatorParam):
     def addInPlace(self, value1: dict[int, Any], value2: dict[int, Any]) -> dict[int, Any]:
         value1.update(value2)
         return value1
-
-
-@dataclass(frozen=True)
-class SelectRank:
-    """Selects from the state of one rank; yields nothing for the others."""
-
-    run: Broadcast
-    select: Callable[[Run, RankState], RankState]
-    rank: int
-
-    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
-        for frame in frames:
-            if rank == self.rank:
-                state = self.select(self.run.value, state_from_message(decode(frame)))
-                yield encode(state_to_message(state))
