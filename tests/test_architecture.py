@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "tfspark"
 # for users; inside the package nothing imports them.
 BELOW = {
     "errors": set(),
+    "_aligned": set(),
     "_optional": {"errors"},
     "context": {"errors"},
     "graphdef": {"errors"},
-    "data": {"errors", "graphdef"},
+    "data": {"errors", "_aligned", "graphdef"},
     "graph": {"errors", "graphdef", "data"},
-    "sync": {"errors", "graphdef", "data", "graph"},
+    "sync": {"errors", "_aligned", "graphdef", "data", "graph"},
     "train": {"errors", "_optional", "context", "graphdef", "data", "graph", "sync"},
 }
 FRAMEWORKS = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
 
 import ml_dtypes
 import numpy as np
 import pytest
+from mesh import mesh
 
 from tfspark.errors import InvalidInputError, TrainingError
 from tfspark.sync.collectives import (
@@ -19,19 +17,10 @@ from tfspark.sync.collectives import (
     barrier,
     reduce_scatter,
 )
-from tfspark.sync.links import Links, PeerLostError
+from tfspark.sync.links import PeerLostError
 
 AT = {"phase": "norms", "step": 3, "timeout_s": 10.0}
 SIZES = [1, 2, 3, 5, 8]
-
-
-@contextlib.contextmanager
-def mesh(size):
-    sockets = [{} for _ in range(size)]
-    for low, high in combinations(range(size), 2):
-        sockets[low][high], sockets[high][low] = socket.socketpair()
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Links(rank, own)) for rank, own in enumerate(sockets)]
 
 
 def on_all(size, function):

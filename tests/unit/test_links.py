@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -22,40 +21,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mesh import AT, mesh, on_all, swap
 
 from tfspark.errors import InvalidInputError, TrainingError
 from tfspark.sync.frames import Message
-from tfspark.sync.links import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Links, PeerLostError
+from tfspark.sync.links import Links, PeerLostError
+from tfspark.sync.stream import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 
 ROOT = Path(__file__).parent.parent.parent
-AT = {"phase": "gradient", "step": 7}
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         left = socket.create_connection(listener.getsockname())
         return left, listener.accept()[0]
-
-
-@contextlib.contextmanager
-def mesh(size, pair=socket.socketpair):
-    sockets = [{} for _ in range(size)]
-    for low, high in combinations(range(size), 2):
-        sockets[low][high], sockets[high][low] = pair()
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Links(rank, own)) for rank, own in enumerate(sockets)]
-
-
-def on_all(links, function):
-    """`function(links of a rank)` of every rank, at once."""
-    with ThreadPoolExecutor(len(links)) as pool:
-        return list(pool.map(function, links))
-
-
-def swap(links, arrays, *, place=None, timeout_s=10.0, meta=None):
-    """One message to every peer."""
-    messages = {peer: Message("x", links.rank, meta or {}, arrays) for peer in links.peers}
-    return links.exchange(messages, **AT, timeout_s=timeout_s, place=place)
 
 
 @pytest.fixture(params=[socket.socketpair, tcp_pair], ids=["unix", "tcp"])

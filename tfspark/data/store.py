@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tfspark._aligned import aligned_empty
 from tfspark.data.rows import (
     CHUNK_BYTES,
     RowBuffer,
@@ -288,7 +289,7 @@ class Store:
                 _, chunk, rows = parts[0]
                 column = self._numbers[field.name][chunk][rows]
             else:
-                column = np.empty(shape, field.numpy_dtype)
+                column = aligned_empty(shape, field.numpy_dtype)
                 for where, chunk, rows in parts:
                     column[where] = self._numbers[field.name][chunk][rows]
             result.append(column)

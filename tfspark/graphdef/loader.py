@@ -8,10 +8,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import attr_value_pb2, graph_pb2
 from tensorflow.python.eager import context
 from tensorflow.python.eager.polymorphic_function import atomic_function
+from tensorflow.python.framework import ops
 
 from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.pure import PureGraph
@@ -47,8 +49,8 @@ def load(pure: PureGraph, jit_compile: bool = False) -> Loaded:
     Returns:
         A function of one array or tensor per input, positional, which returns a list of eager
         tensors. Arrays must have the dtypes of `pure.inputs`; where their memory is aligned
-        TensorFlow reads it in place, so an output may share memory with an input. It works in
-        every eager mode, and a process keeps the 32 graphs it used last.
+        (`aligned_empty`) TensorFlow reads it in place, so an output may share memory with an
+        input. It works in every eager mode, and a process keeps the 32 graphs it used last.
     """
     return _load(_Key(pure, jit_compile))
 
@@ -92,11 +94,28 @@ def _load(key: _Key) -> Loaded:
 
     def run(*inputs: Any) -> list[tf.Tensor]:
         if context.executing_eagerly():
-            return list(function.call_flat(*map(tf.convert_to_tensor, inputs, dtypes)))
+            return list(function.call_flat(*map(_tensor, inputs, dtypes)))
         with context.eager_mode():
-            return list(function.call_flat(*map(tf.convert_to_tensor, inputs, dtypes)))
+            return list(function.call_flat(*map(_tensor, inputs, dtypes)))
 
     return run
+
+
+def _tensor(value: Any, dtype: tf.DType) -> tf.Tensor:
+    if not isinstance(value, np.ndarray):
+        return tf.convert_to_tensor(value, dtype)
+    # tf.convert_to_tensor copies arrays, in case they change: here none does during a call.
+    runtime = context.context()
+    runtime.ensure_initialized()
+    return ops.EagerTensor(value, runtime.device_name, dtype.as_datatype_enum)
+
+
+def array_of(tensor: tf.Tensor) -> np.ndarray:
+    """The memory of an eager tensor of numbers as an array that cannot be written to.
+
+    `Tensor.numpy()` copies it.
+    """
+    return np.asarray(memoryview(tensor))
 
 
 def _register_functions(pure: PureGraph) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from tfspark.errors import InvalidInputError, TrainingError
 from tfspark.sync.frames import Message
-from tfspark.sync.links import Links, Place
+from tfspark.sync.links import Links
+from tfspark.sync.stream import Place
 
 Bounds: TypeAlias = Sequence[tuple[int, int]]
 _Content: TypeAlias = tuple[dict[str, Any], dict[str, np.ndarray]]  # meta and arrays

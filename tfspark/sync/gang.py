@@ -153,6 +153,7 @@ class _Round:
             state = state_from_message(decode(frame)).settled()
             reader.prefetch(state.step)
             with self._member(rank, run.num_ranks) as member:
+                member.links.share_memory(step=state.step, timeout_s=_MEETING_S)
                 tell = _Teller(member) if rank == 0 else _silent
                 gang = GangRank(program, reader, member.links, tell)
                 state = gang.take_steps(state, self.plan)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tfspark._aligned import aligned_empty
 from tfspark.data.batches import BatchReader
 from tfspark.sync.collectives import all_reduce_sum
 from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
@@ -82,7 +83,7 @@ class GangRank:
         # With one group, the padded shards one after the other are the flat vector: they are
         # received into their place.
         self._whole = (
-            np.zeros(layout.num_ranks * layout.shard_size, layout.dtype)
+            aligned_empty(layout.num_ranks * layout.shard_size, layout.dtype)
             if layout.num_groups == 1
             else None
         )

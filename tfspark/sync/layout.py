@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from tfspark._aligned import aligned_empty
 from tfspark.graph.program import StateSlot, Weight
 
 
@@ -119,7 +120,7 @@ class Layout:
 
     def join(self, shards: Sequence[np.ndarray]) -> np.ndarray:
         """The flat vector `[P]` of all shards, given by rank."""
-        flat = np.empty(self.size, self.dtype)
+        flat = aligned_empty(self.size, self.dtype)
         for rank, shard in enumerate(shards):
             for group in range(self.num_groups):
                 start, stop = self.owned(group, rank)

@@ -3,47 +3,28 @@
 In an exchange a rank sends one message to each of some peers and receives one from each of them,
 all at the same time: one thread, sockets that never block. So no two ranks can wait for each
 other to read, whatever the sizes. Bytes go from arrays into sockets and from sockets into arrays,
-with no copy in between.
-
-On a stream a message is `magic, header length, payload length, JSON header, raw arrays`. Nothing is
-pickled, and nothing is allocated before the lengths have been checked.
+with no copy in between (`stream.py`); large arrays of ranks on one host go through memory that both
+see (`shared.py`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import selectors
 import socket
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from itertools import islice
-from typing import Any, TypeAlias
-
-import ml_dtypes  # noqa: F401  (makes bfloat16 known to np.dtype)
-import numpy as np
+from typing import Any
 
 from tfspark.errors import InvalidInputError, PeerLostError, TrainingError
 from tfspark.sync.frames import Message
+from tfspark.sync.shared import Inbox, Outbox, Probe, can_read, is_supported
+from tfspark.sync.stream import Place, decode, encode
 
-MAGIC = b"TFG1"
-MAX_HEADER_BYTES = 1 << 24
-MAX_PAYLOAD_BYTES = 1 << 36
-
-Place: TypeAlias = Callable[[int, str, str, np.dtype, tuple[int, ...]], "np.ndarray | None"]
-
-_PREFIX = struct.Struct("<4sIQ")
-# NumPy 1 makes no array of more dimensions.
-_MOST_DIMENSIONS = 32
 # Far below the limit of the system (1024 on Linux), and more than a message of a step has arrays.
 _MOST_VIEWS = 64
-# A list, not `np.dtype(name)`: that would also make objects and records of what a peer sends.
-_NAMES = """bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64
-bfloat16 float8_e4m3fn float8_e5m2 complex64 complex128"""
-_DTYPES = {name: np.dtype(name) for name in _NAMES.split()}
 
 
 class Links:
@@ -79,6 +60,9 @@ class Links:
         self._sockets = dict(sockets)
         self._control = control
         self._on_control = on_control
+        self._outbox: Outbox | None = None
+        self._readers: frozenset[int] = frozenset()  # peers that can read the outbox
+        self._inboxes: dict[int, Inbox] = {}
         for peer in self._sockets.values():
             keep_alive(peer)
             peer.setblocking(False)
@@ -92,6 +76,42 @@ class Links:
     def peers(self) -> tuple[int, ...]:
         """All other ranks, in order."""
         return tuple(sorted(self._sockets))
+
+    @property
+    def sharing(self) -> frozenset[int]:
+        """The peers that large arrays reach through shared memory."""
+        return self._readers
+
+    def share_memory(self, *, step: int, timeout_s: float) -> None:
+        """Finds out with which peers memory can be shared, and does so from now on.
+
+        All ranks have to call it at the same place of the program.
+
+        Args:
+            step, timeout_s: see `exchange`.
+        """
+        probe = Probe() if is_supported() else None
+        try:
+            description = probe.description if probe else None
+            shown = self._tell_all({"probe": description}, step, timeout_s)
+            seen = [peer for peer, meta in shown.items() if can_read(meta.get("probe"))]
+            answers = self._tell_all({"seen": seen}, step, timeout_s)
+        finally:
+            if probe:
+                probe.close()
+        self._inboxes = {peer: Inbox(shown[peer]["probe"]["process"]) for peer in seen}
+        self._readers = frozenset(p for p, meta in answers.items() if self.rank in meta["seen"])
+        if self._readers:
+            self._outbox = Outbox()
+
+    def _tell_all(
+        self, meta: Mapping[str, Any], step: int, timeout_s: float
+    ) -> dict[int, Mapping[str, Any]]:
+        message = Message("memory", self.rank, meta)
+        received = self.exchange(
+            dict.fromkeys(self.peers, message), phase="memory", step=step, timeout_s=timeout_s
+        )
+        return {peer: answer.meta for peer, answer in received.items()}
 
     def exchange(
         self,
@@ -115,7 +135,8 @@ class Links:
                 into, writable and C-contiguous; None allocates one.
 
         Returns:
-            the received messages, by peer in the order of `outgoing`.
+            the received messages, by peer in the order of `outgoing`. Arrays without a place may
+            be read-only, and are good until the next exchange.
 
         Raises:
             PeerLostError: a peer closed its connection, or all that are owed were silent.
@@ -127,11 +148,20 @@ class Links:
                 f"Received: {sorted(outgoing)}."
             )
         where: dict[str, Any] = {"rank": self.rank, "step": step, "phase": phase}
+        outbox = self._outbox if len(outgoing) == len(self._sockets) else None
+        if outbox is not None:
+            # The turns of an outbox count on all peers taking part in every exchange.
+            outbox.begin(a for peer in self._readers for a in outgoing[peer].arrays.values())
         channels = {
             peer: _Channel(
                 self._sockets[peer],
-                _encode(message),
-                _decode(peer, place, partial(TrainingError, **where, peer=peer)),
+                encode(message, outbox.put if outbox and peer in self._readers else None),
+                decode(
+                    peer,
+                    place,
+                    self._inboxes[peer].array if peer in self._inboxes else None,
+                    partial(TrainingError, **where, peer=peer),
+                ),
             )
             for peer, message in outgoing.items()
         }
@@ -174,6 +204,9 @@ class Links:
         """Closes the connections to all peers; may be called again."""
         for peer in self._sockets.values():
             peer.close()
+        self._inboxes.clear()
+        if self._outbox is not None:
+            self._outbox.close()
 
     def __enter__(self) -> Links:
         return self
@@ -316,122 +349,3 @@ def _silent(
         **where,
         peer=peers[0] if len(peers) == 1 else peers,
     )
-
-
-def _encode(message: Message) -> deque[memoryview]:
-    """The bytes of a message, the arrays where they lie."""
-    entries: list[tuple[str, str, tuple[int, ...]]] = []
-    payload: list[memoryview] = []
-    for name, array in message.arrays.items():
-        dtype = _DTYPES.get(array.dtype.name)
-        if dtype is None:
-            raise InvalidInputError(
-                f"Arrays of ranks are of: {', '.join(_DTYPES)}. Received: {name!r} of "
-                f"{array.dtype}."
-            )
-        array = np.asarray(array, dtype, order="C")
-        entries.append((name, dtype.name, array.shape))
-        payload.append(_bytes(array))
-    header = json.dumps([message.kind, message.source, dict(message.meta), entries]).encode()
-    if len(header) > MAX_HEADER_BYTES:
-        raise InvalidInputError(
-            f"The header of a message has at most {MAX_HEADER_BYTES} bytes. Received: "
-            f"{len(header)}. Send what is large as an array."
-        )
-    prefix = _PREFIX.pack(MAGIC, len(header), sum(view.nbytes for view in payload))
-    return deque(view for view in (memoryview(prefix + header), *payload) if view.nbytes)
-
-
-def _decode(
-    source: int, place: Place | None, refuse: Callable[[str], TrainingError]
-) -> Generator[list[memoryview], None, Message]:
-    """Yields the memory that the next bytes belong into; returns the message."""
-    prefix = bytearray(_PREFIX.size)
-    yield [memoryview(prefix)]
-    magic, header_bytes, payload_bytes = _PREFIX.unpack(prefix)
-    if magic != MAGIC:
-        raise refuse(f"A message starts with {MAGIC!r}. Received: {magic!r}.")
-    if header_bytes > MAX_HEADER_BYTES or payload_bytes > MAX_PAYLOAD_BYTES:
-        raise refuse(
-            f"A message has at most {MAX_HEADER_BYTES} bytes of header and {MAX_PAYLOAD_BYTES} "
-            f"of arrays. Received: lengths of {header_bytes} and {payload_bytes}."
-        )
-    header = bytearray(header_bytes)
-    yield [memoryview(header)]
-    kind, meta, entries = _parse(header, source, payload_bytes, refuse)
-    arrays = {}
-    for name, dtype, shape in entries:
-        array = place(source, kind, name, dtype, shape) if place else None
-        arrays[name] = np.empty(shape, dtype) if array is None else array
-        _check_place(name, arrays[name], dtype, shape, refuse)
-    yield [_bytes(array) for array in arrays.values()]
-    return Message(kind, source, meta, arrays)
-
-
-def _parse(
-    header: bytearray, source: int, payload_bytes: int, refuse: Callable[[str], TrainingError]
-) -> tuple[str, dict[str, Any], list[tuple[str, np.dtype, tuple[int, ...]]]]:
-    try:
-        kind, sender, meta, listed = json.loads(header)
-        entries = [(name, _DTYPES[dtype], tuple(shape)) for name, dtype, shape in listed]
-        names = {name for name, _, _ in entries}
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise refuse(
-            "The header of a message is JSON: kind, source, meta, and name, dtype and shape of "
-            f"each array. Received: {bytes(header[:200])!r} ({type(error).__name__}: {error})."
-        ) from error
-    if type(sender) is not int or sender != source:
-        raise refuse(f"A message names its sender, rank {source}. Received: {sender!r}.")
-    if (
-        not isinstance(kind, str)
-        or not isinstance(meta, dict)
-        or not all(isinstance(name, str) for name in names)
-        or len(names) < len(entries)
-    ):
-        raise refuse(
-            "A message has a kind, an object of meta, and arrays of different names. Received: "
-            f"{bytes(header[:200])!r}."
-        )
-    total_bytes = 0
-    for name, dtype, shape in entries:
-        if (
-            len(shape) > _MOST_DIMENSIONS
-            or not all(type(size) is int and 0 <= size <= MAX_PAYLOAD_BYTES for size in shape)
-            # Also of an array without elements: NumPy multiplies the sides that are not 0.
-            or math.prod(max(size, 1) for size in shape) * dtype.itemsize > MAX_PAYLOAD_BYTES
-        ):
-            raise refuse(
-                f"Array {name!r} has at most {_MOST_DIMENSIONS} dimensions and "
-                f"{MAX_PAYLOAD_BYTES} bytes. Received: shape {str(shape)[:200]}."
-            )
-        total_bytes += math.prod(shape) * dtype.itemsize
-    if total_bytes != payload_bytes:
-        raise refuse(
-            f"The arrays of a {kind!r} message have the announced {payload_bytes} bytes. "
-            f"Received: shapes of {total_bytes} bytes."
-        )
-    return kind, meta, entries
-
-
-def _check_place(
-    name: str,
-    array: np.ndarray,
-    dtype: np.dtype,
-    shape: tuple[int, ...],
-    refuse: Callable[[str], TrainingError],
-) -> None:
-    if array.dtype != dtype or array.shape != shape:
-        raise refuse(
-            f"Array {name!r} is expected as {array.dtype} {list(array.shape)}. Received: {dtype} "
-            f"{list(shape)}. All ranks must run the same model and settings."
-        )
-    if not (array.flags.c_contiguous and array.flags.writeable):
-        raise refuse(
-            f"Array {name!r} is received into writable memory in one piece. Received: a place "
-            f"with strides {array.strides}, writable: {array.flags.writeable}."
-        )
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    """The memory of a C-contiguous array."""
-    return array.reshape(-1).view(np.uint8).data

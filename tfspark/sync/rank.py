@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfspark._aligned import aligned_empty
 from tfspark.data.batches import BatchReader
 from tfspark.errors import TrainingError
 from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
-from tfspark.graphdef.loader import load, op_error
+from tfspark.graphdef.loader import array_of, load, op_error
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
 
@@ -203,7 +204,7 @@ class RankProgram:
                 run.program.state, (output.numpy() for output in outputs[2:]), strict=True
             )
         ]
-        return float(outputs[0]), outputs[1].numpy(), new_state
+        return float(outputs[0]), array_of(outputs[1]), new_state
 
     def reduce(self, parts: Sequence[Message]) -> Reduced:
         """Sums the "gradient" messages of all ranks for one slice, given by rank.
@@ -211,7 +212,7 @@ class RankProgram:
         The order of the sum is the order of the ranks: that makes a run repeatable bit for bit.
         """
         layout, state_layout = self.run.layout, self.run.state_layout
-        gradient = np.zeros(layout.shard_size, layout.dtype)
+        gradients = []
         mean = np.zeros(state_layout.slice_size, np.float64)
         rows, loss_sum, first, halt = 0, 0.0, [], None
         seconds: dict[str, float] = {}
@@ -223,10 +224,11 @@ class RankProgram:
             for phase, value in meta["seconds"].items():
                 seconds[phase] = max(seconds.get(phase, 0.0), value)
             if "gradient" in message.arrays:
-                gradient += message.arrays["gradient"]
+                gradients.append(message.arrays["gradient"])
                 mean += message.arrays["mean"]
             if "first0" in message.arrays:
                 first = [message.arrays[f"first{i}"] for i in range(len(state_layout.first))]
+        gradient = rank_ordered_sum(gradients, layout.shard_size, layout.dtype)
         return Reduced(rows, loss_sum, gradient, mean / max(rows, 1), first, halt, seconds)
 
     def squared_norms(self, rank: int, reduced: Reduced) -> np.ndarray:
@@ -259,7 +261,7 @@ class RankProgram:
             return replace(state, halt=halt)
         layout = self.run.layout
         started = time.perf_counter()
-        shard, slots = np.empty_like(state.shard), []
+        shards, slots = [], []
         for group, update in enumerate(self._updates):
             part = layout.group_slice(group)
             outputs = update(
@@ -270,8 +272,8 @@ class RankProgram:
                 np.float32(learning_rates[group]),
                 *state.slots[group],
             )
-            shard[part] = outputs[0].numpy()
-            slots.append([output.numpy() for output in outputs[1:]])
+            shards.append(array_of(outputs[0]))
+            slots.append([array_of(output) for output in outputs[1:]])
         seconds = {**reduced.seconds, "update": time.perf_counter() - started}
         record = StepRecord(
             step=state.step + 1,
@@ -282,7 +284,7 @@ class RankProgram:
         return RankState(
             rank=state.rank,
             step=state.step + 1,
-            shard=shard,
+            shard=shards[0] if len(shards) == 1 else np.concatenate(shards),
             slots=slots,
             mean=reduced.mean,
             first=reduced.first,
@@ -428,10 +430,22 @@ def _finite(rank: int, step: int, loss_sum: float, gradient: np.ndarray) -> Halt
     return None
 
 
+def rank_ordered_sum(parts: Sequence[np.ndarray], size: int, dtype: str) -> np.ndarray:
+    """The sum of vectors `[size]`, added in the order given; zeros if there are none."""
+    total = aligned_empty(size, dtype)
+    if len(parts) < 2:
+        total[:] = parts[0] if parts else 0
+        return total
+    np.add(parts[0], parts[1], out=total)
+    for part in parts[2:]:
+        total += part
+    return total
+
+
 def _all_finite(values: np.ndarray) -> bool:
-    # A sum is finite only if every term is, and no sum of float32 overflows float64. Of float64
-    # it may: then every element is looked at.
-    return bool(np.isfinite(values.sum(dtype=np.float64)) or np.isfinite(values).all())
+    # The cheapest pass over memory: a sum of squares is finite only if every term is. It may also
+    # overflow; then every element is looked at.
+    return bool(np.isfinite(np.dot(values, values)) or np.isfinite(values).all())
 
 
 def _shift_seed(value: np.ndarray, shift: int) -> np.ndarray:
