@@ -102,6 +102,32 @@ def test_an_interrupted_round_is_cancelled(sc, handler, engine):
     optimizer.close()
 
 
+def test_an_interrupted_round_of_a_gang_ends_at_a_commit(sc, handler):
+    """Nothing of it is lost, where steps are short."""
+    model, optimizer = training("gang")
+    optimizer.optimize(MaxIteration(1))
+    live, loop, sent_at = [], optimizer._training.loop, []
+    loop._live = lambda record: live.append(record.step)
+
+    def interrupt():
+        while not live or live[-1] < 20:
+            time.sleep(0.02)
+        sent_at.append(time.monotonic())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        # Nothing else ends a round soon.
+        optimizer.optimize(MaxIteration(10**9), validation_trigger=SeveralIteration(10**9))
+    assert time.monotonic() - sent_at[0] < 10
+    step = optimizer.step
+    assert step >= live[-1] >= 20
+    assert_same_bits(model.get_weights(), undisturbed(step))
+    optimizer.optimize(MaxIteration(step + 3))
+    optimizer.close()
+    assert_same_bits(model.get_weights(), undisturbed(step + 3))
+
+
 @pytest.mark.parametrize("engine", ["local", "shuffle", "gang"])
 def test_an_error_between_rounds_keeps_the_commit(sc, engine):
     """Whatever the driver was doing: here, a validation that is interrupted."""

@@ -267,6 +267,23 @@ def _meet(rendezvous, rank, num_ranks=2):
 
 
 class TestTheEnd:
+    @pytest.mark.parametrize("early", [True, False])
+    def test_an_interrupt_reaches_every_rank_and_ends_nothing(self, early):
+        with driver(2) as rendezvous, ThreadPoolExecutor(2) as pool:
+            if early:
+                rendezvous.interrupt()
+            joining = [pool.submit(join, rendezvous, rank, 2) for rank in range(2)]
+            with joining[0].result(10) as one, joining[1].result(10) as other:
+                rendezvous.interrupt()
+                deadline = time.monotonic() + 10
+                while not (one.is_interrupted and other.is_interrupted):
+                    assert time.monotonic() < deadline
+                    one.check()
+                    other.check()
+                list(pool.map(lambda member: barrier(member.links, **AT), (one, other)))
+                one.done()
+                other.done()
+
     def test_an_abort_while_a_rank_waits_for_others(self):
         with driver(2) as rendezvous, ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(join, rendezvous, 1, 2)

@@ -101,11 +101,12 @@ class Halt:
     """Why no further step was taken in a round; every rank carries the same one.
 
     Attributes:
-        kind: "stop" (the stop predicate fired: the state is that after the step) or "non_finite"
-            (a loss or a gradient was NaN or infinite: the state is that before the step).
+        kind: "stop" (the stop predicate fired: the state is that after the step), "interrupt" (the
+            user wants to end; likewise) or "non_finite" (a loss or a gradient was NaN or infinite:
+            the state is that before the step).
         step: the step that was being taken or had just ended.
-        rank: where it was found; None for "stop".
-        what: "loss", "gradient" or "sum of gradients"; None for "stop".
+        rank: where something was not finite.
+        what: that was not finite: "loss", "gradient" or "sum of gradients".
     """
 
     kind: str
@@ -236,6 +237,10 @@ class Engine(ABC):
             plan: the steps.
             tell: called with the records of some steps while the round runs, by an engine that
                 hears of them then; in any thread, in the order of the steps.
+
+        Raises:
+            KeyboardInterrupt: the user interrupted, and the round could not end in a commit soon;
+                else it does, with a halt of that kind.
         """
 
     @abstractmethod

@@ -9,7 +9,13 @@ commit ──┘        │ meet at the driver's rendezvous, connect to each oth
 
 The driver takes part in a round by control messages only: it lets the ranks find each other, hears
 of their steps, and tells all if one has failed. A round that failed leaves nothing behind: the
-former commit is still there, and the caller may start the same round again.
+former commit is still there, and the caller may start the same round again. A round that the user
+interrupts ends in a commit after the step it is at, if that takes no longer than a few seconds.
+
+Settings of Spark that an application may have:
+
+* `spark.tfspark.ports`, such as `40000-40100`: where ranks and the rendezvous listen.
+* `spark.driver.bindAddress`: where the rendezvous listens, if not at `spark.driver.host`.
 """
 
 from __future__ import annotations
@@ -21,11 +27,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyspark import BarrierTaskContext, Broadcast, StorageLevel
+from pyspark import BarrierTaskContext, Broadcast, SparkContext, StorageLevel
 from pyspark.rdd import RDD
 
 from tfspark.data.failures import TaskFailure, decoded, reporting
 from tfspark.errors import (
+    InvalidInputError,
     PeerLostError,
     StoreLostError,
     TFSparkError,
@@ -36,7 +43,8 @@ from tfspark.sync import wire
 from tfspark.sync.control import MAX_LINE_BYTES
 from tfspark.sync.engine import RankState, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.frames import decode, encode
-from tfspark.sync.gang_rank import GangRank
+from tfspark.sync.gang_rank import GangRank, Patience
+from tfspark.sync.interrupts import run_interruptibly
 from tfspark.sync.member import Member
 from tfspark.sync.rank import state_from_message, state_to_message
 from tfspark.sync.rendezvous import Rendezvous
@@ -49,12 +57,25 @@ _MEETING_S = 300.0
 _TELL_S = 0.2
 """Seconds between two reports of a rank to the driver."""
 
+_GRACE_S, _MOST_GRACE_S = 2.0, 15.0
+"""How long ranks may take to end a round in a commit after Ctrl-C, beside two steps; at most."""
+
+PORTS = "spark.tfspark.ports"
+
 
 class GangEngine(SparkEngine):
     """Trains in barrier stages; see the module's docstring."""
 
     name = "gang"
     most_steps = None
+
+    def __init__(self, context: SparkContext, handles: RDD):
+        super().__init__(context, handles)
+        settings = context.getConf()
+        self._host = str(settings.get("spark.driver.host"))
+        self._bind_host = str(settings.get("spark.driver.bindAddress", self._host))
+        self._ports = port_range(settings.get(PORTS))
+        self._longest_step_s: float | None = None
 
     def _round_handles(self, run: Run) -> RDD:
         frames = handle_frames(self._source, copies=1)
@@ -80,16 +101,37 @@ class GangEngine(SparkEngine):
             elif tell is not None:
                 tell(StepRecord(**report["record"]))
 
-        host = str(self._context.getConf().get("spark.driver.host"))
         token = secrets.token_hex(32)
         num_ranks = self._run.value.num_ranks
-        with Rendezvous(host, num_ranks, token=token, on_report=hear) as meeting:
-            task = _Round(self._run, plan, meeting.address, token, self._news)
+        with Rendezvous(
+            self._host,
+            num_ranks,
+            token=token,
+            on_report=hear,
+            bind_host=self._bind_host,
+            ports=self._ports,
+        ) as meeting:
+            task = _Round(
+                self._run,
+                plan,
+                meeting.address,
+                token,
+                self._ports,
+                Patience(self._longest_step_s),
+                self._news,
+            )
             final = wire.frames(wire.zip_frames(self._handles, commit), task, barrier=True)
             try:
-                result, outcome = self._committed(final)
+                result, outcome = run_interruptibly(
+                    lambda: self._committed(final),
+                    on_interrupt=meeting.interrupt,
+                    cancel=self._cancel,
+                    grace_s=min(_GRACE_S + 2 * (self._longest_step_s or 0.0), _MOST_GRACE_S),
+                )
             except TFSparkError as error:
                 raise self._cause(error, meeting.failures, told) from None
+        if outcome.records:
+            self._longest_step_s = max(sum(r.seconds.values()) for r in outcome.records)
         seconds = time.perf_counter() - started
         in_steps = sum(sum(record.seconds.values()) for record in outcome.records)
         return RoundResult(
@@ -142,6 +184,8 @@ class _Round:
     plan: RoundPlan
     address: tuple[str, int]
     token: str
+    ports: range | None
+    patience: Patience
     news: Any  # Accumulator of {rank: (finished steps, halt, records)}
 
     def __call__(self, rank: int, pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
@@ -154,8 +198,10 @@ class _Round:
             reader.prefetch(state.step)
             with self._member(rank, run.num_ranks) as member:
                 member.links.share_memory(step=state.step, timeout_s=_MEETING_S)
-                tell = _Teller(member) if rank == 0 else _silent
-                gang = GangRank(program, reader, member.links, tell)
+                gang = GangRank(program, reader, member.links, self.patience)
+                if rank == 0:  # one speaks and listens for all
+                    teller = _Teller(member)
+                    gang.tell, gang.interrupted = teller.tell, teller.interrupted
                 state = gang.take_steps(state, self.plan)
         self.news.add({rank: news_of(run, state)})
         yield encode(state_to_message(state))
@@ -172,6 +218,7 @@ class _Round:
             0,
             num_ranks,
             bind_host=host,
+            ports=self.ports,
             timeout_s=_MEETING_S,
         ) as member:
             try:
@@ -203,19 +250,39 @@ class _SelectRank:
 
 
 class _Teller:
-    """Tells the driver of steps, not too often."""
+    """Tells the driver of steps, not too often, and hears what the driver has to say."""
 
     def __init__(self, member: Member):
         self._member = member
         self._told_at = float("-inf")
 
-    def __call__(self, record: StepRecord) -> None:
-        self._member.check()  # a rank without peers waits in no exchange that would notice
+    def tell(self, record: StepRecord) -> None:
         now = time.monotonic()
         if now - self._told_at >= _TELL_S:
             self._told_at = now
             self._member.report({"record": asdict(record)})
 
+    def interrupted(self) -> bool:
+        self._member.check()  # a rank without peers waits in no exchange that would notice
+        return self._member.is_interrupted
 
-def _silent(record: StepRecord) -> None:
-    """One rank speaks for all."""
+
+def port_range(setting: str | None) -> range | None:
+    """The ports of a setting such as "40000-40100" or "40000"; None lets the system choose.
+
+    Raises:
+        InvalidInputError: it is no range of ports.
+    """
+    if setting is None:
+        return None
+    first, _, last = setting.partition("-")
+    try:
+        ports = range(int(first), int(last or first) + 1)
+    except ValueError:
+        ports = range(0)
+    if not ports or not (ports[0] > 0 and ports[-1] < 2**16):
+        raise InvalidInputError(
+            f"{PORTS} is a port or a range such as '40000-40100', with one port for the driver and "
+            f"one for every rank of a host. Received: {setting!r}."
+        )
+    return ports

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tfspark._aligned import aligned_empty
 from tfspark.data.batches import BatchReader
-from tfspark.sync.collectives import all_reduce_sum
+from tfspark.sync.collectives import all_gather_small, all_reduce_sum
 from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.links import Links
@@ -33,26 +33,27 @@ class Patience:
     must not be taken for one, so the limit is a multiple of the longest step so far.
 
     Attributes:
-        first_s: before any step has ended: programs are compiled then.
+        longest_s: the longest step of the round before, if there was one.
+        first_s: of a round's first step where some rank is new to the run: it compiles programs.
         least_s: the limit however short steps are.
         multiple: of the longest step.
     """
 
+    longest_s: float | None = None
     first_s: float = 600.0
     least_s: float = 30.0
     multiple: float = 20.0
-    _longest_s: float | None = field(default=None, repr=False)
 
     def saw(self, seconds: float) -> None:
         """Notes how long a step took."""
-        self._longest_s = max(seconds, self._longest_s or 0.0)
+        self.longest_s = max(seconds, self.longest_s or 0.0)
 
-    @property
-    def limit_s(self) -> float:
-        """Of the next exchange."""
-        if self._longest_s is None:
+    def limit_s(self, *, first: bool) -> float:
+        """Of the next exchange; `first`: before the first step of a rank that is new to the run."""
+        if self.longest_s is None:
             return self.first_s
-        return max(self.least_s, self.multiple * self._longest_s)
+        limit_s = max(self.least_s, self.multiple * self.longest_s)
+        return max(limit_s, self.first_s) if first else limit_s
 
 
 class GangRank:
@@ -62,23 +63,28 @@ class GangRank:
         program: of the run.
         reader: of the rank's rows.
         links: to all other ranks.
-        tell: called with the record of every step, as it ends.
         patience: with silent peers.
+
+    Attributes:
+        tell: called with the record of every step, as it ends; for a rank that speaks for all.
+        interrupted: asked before every step; true ends the round there, on all ranks.
     """
+
+    tell: Callable[[StepRecord], None] | None = None
+    interrupted: Callable[[], bool] | None = None
 
     def __init__(
         self,
         program: RankProgram,
         reader: BatchReader,
         links: Links,
-        tell: Callable[[StepRecord], None],
-        patience: Patience | None = None,
+        patience: Patience,
     ):
         self._program = program
         self._reader = reader
         self._links = links
-        self._tell = tell
-        self._patience = patience or Patience()
+        self._patience = patience
+        self._compiling = True
         layout = program.run.layout
         # With one group, the padded shards one after the other are the flat vector: they are
         # received into their place.
@@ -90,19 +96,29 @@ class GangRank:
 
     def take_steps(self, state: RankState, plan: RoundPlan) -> RankState:
         """The state after the steps of a plan, or after the one that halted."""
+        is_new = not self._program.has_stepped
+        new = all_gather_small(
+            self._links, is_new, phase="start", step=state.step + 1, timeout_s=self._limit_s
+        )
+        self._compiling = any(new)
         for index, rates in enumerate(plan.learning_rates):
             last = index + 1 == plan.num_steps
             started = time.perf_counter()
+            if self.interrupted and self.interrupted():
+                # All others see it on the weights of this rank.
+                state = replace(state, halt=Halt("interrupt", state.step))
             state = self._step(state, rates, plan, last)
             if state.halt:
                 break
             took = time.perf_counter() - started
             self._patience.saw(took)
+            self._compiling = False
             record = state.records[-1]
             exchange = max(0.0, took - sum(record.seconds.values()))
             record = replace(record, seconds={**record.seconds, "exchange": exchange})
             state.records[-1] = record
-            self._tell(record)
+            if self.tell:
+                self.tell(record)
         return state
 
     def _step(
@@ -126,7 +142,7 @@ class GangRank:
                 program.squared_norms(rank, reduced),
                 phase="norms",
                 step=step + 1,
-                timeout_s=self._patience.limit_s,
+                timeout_s=self._limit_s,
             )
         return program.apply(state, reduced, rates, norms, plan.stop)
 
@@ -164,6 +180,10 @@ class GangRank:
         received[own.source] = own
         return [received[source] for source in range(self._links.size)]
 
+    @property
+    def _limit_s(self) -> float:
+        return self._patience.limit_s(first=self._compiling)
+
     def _exchange(
         self,
         outgoing: dict[int, Message],
@@ -175,6 +195,6 @@ class GangRank:
             outgoing,
             phase=phase,
             step=step + 1,
-            timeout_s=self._patience.limit_s,
+            timeout_s=self._limit_s,
             place=place,
         )

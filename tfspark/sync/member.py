@@ -43,6 +43,7 @@ class Member:
 
     Attributes:
         rank: of this process.
+        is_interrupted: whether the driver has asked to end the round at a commit.
         control: its connection to the driver.
         links: to all other ranks. While an exchange waits, it ends when the driver ends the round.
     """
@@ -54,6 +55,7 @@ class Member:
         self.control = control
         self._lines = Lines(_MAX_ANSWER_BYTES)
         self._dismissed = False
+        self.is_interrupted = False
 
     @classmethod
     def join(
@@ -200,6 +202,8 @@ class Member:
                 rank=self.rank,
             ) from error
         for message in messages:
+            if "interrupt" in message:
+                self.is_interrupted = True
             if "abort" in message:
                 self._dismissed = True
                 raise TrainingError(

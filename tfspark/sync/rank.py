@@ -96,6 +96,7 @@ class RankProgram:
         self.run = run
         self._gradient = load(run.program.graph)
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
+        self.has_stepped = False  # or the next step has to compile
 
     def replica(self, messages: Sequence[Message], flat: np.ndarray | None = None) -> Replica:
         """Weights and model state from the "shard" messages of all ranks.
@@ -259,6 +260,7 @@ class RankProgram:
         halt = state.halt or reduced.halt or self._overflow(state, reduced)
         if halt:
             return replace(state, halt=halt)
+        self.has_stepped = True
         layout = self.run.layout
         started = time.perf_counter()
         shards, slots = [], []

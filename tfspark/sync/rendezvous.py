@@ -9,6 +9,7 @@ nothing is pickled, and nobody without the token is listened to.
                     {"report": {…}}  {"done": true}  {"failed": "text"}
     driver → rank   {"missing": "rank 3"}   who has not come yet
                     {"peers": [[host, port], …]}   by rank, once all have come
+                    {"interrupt": true}   end at a commit, soon
                     {"abort": "reason"}
 
 An *attempt* is one try of the barrier stage: Spark starts all ranks of it anew if one has failed.
@@ -46,6 +47,8 @@ class Rendezvous:
 
     Args:
         host: of the driver, as the ranks reach it.
+        bind_host: the address to listen at, if that is another one.
+        ports: the first free one is listened at; None lets the system choose.
         num_ranks: N.
         token: a secret of this round; connections without it change nothing.
         on_report: called as `on_report(rank, report)` in the thread of the server. If it raises,
@@ -59,8 +62,12 @@ class Rendezvous:
         *,
         token: str,
         on_report: Callable[[int, dict[str, Any]], None],
+        bind_host: str | None = None,
+        ports: range | None = None,
     ):
         self._host = host
+        self._bind_host = bind_host or host
+        self._ports = ports
         self._num_ranks = num_ranks
         self._token = token
         self._on_report = on_report
@@ -70,11 +77,12 @@ class Rendezvous:
         self._ended: str | None = None  # why this attempt ends
         self._aborted: str | None = None  # why no attempt will run any more
         self._aborts: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
+        self._interrupted = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="rendezvous", daemon=True)
 
     def __enter__(self) -> Rendezvous:
-        self._listener = listen(self._host, (0,), backlog=self._num_ranks + 128)
+        self._listener = listen(self._bind_host, self._ports or (0,), backlog=self._num_ranks + 128)
         self._listener.setblocking(False)
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
@@ -108,6 +116,11 @@ class Rendezvous:
             rank: whose failure it is, which is then noted; None if it is nobody's.
         """
         self._aborts.put((reason, rank))
+        self._rouse()
+
+    def interrupt(self) -> None:
+        """Asks the ranks to end the round at a commit. Returns at once; any thread may call it."""
+        self._interrupted.set()
         self._rouse()
 
     def _rouse(self) -> None:
@@ -223,6 +236,7 @@ class Rendezvous:
             )
             for member in self._members.values():
                 self._send(member, answer)
+            self._pass_on_interrupt(connection)
         return True
 
     def _begin(self, attempt: int) -> None:
@@ -231,7 +245,14 @@ class Rendezvous:
         self._attempt, self._members, self._failures = attempt, {}, []
         self._ended = self._aborted
 
+    def _pass_on_interrupt(self, member: _Connection) -> None:
+        if self._interrupted.is_set() and not member.knows_interrupt:
+            member.knows_interrupt = True
+            self._send(member, {"interrupt": True})
+
     def _obey(self) -> None:
+        for member in self._members.values():
+            self._pass_on_interrupt(member)
         while not self._aborts.empty():
             reason, rank = self._aborts.get()
             if rank is None:
@@ -286,6 +307,7 @@ class _Connection:
         rank, address: of a member; None of a stranger.
         finished: it said that it is done, or why it failed.
         leaving: it is closed as soon as all is sent.
+        knows_interrupt: it was told to end at a commit.
     """
 
     socket: socket.socket
@@ -294,6 +316,7 @@ class _Connection:
     address: tuple[str, int] | None = None
     finished: bool = False
     leaving: bool = False
+    knows_interrupt: bool = False
     closed: bool = False
     outgoing: bytearray = field(default_factory=bytearray)
     lines: Lines = field(default_factory=lambda: Lines(MAX_LINE_BYTES))

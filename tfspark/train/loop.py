@@ -115,6 +115,7 @@ class TrainingLoop:
         Raises:
             NonFiniteError: a loss or a gradient is NaN or infinite; `commit` is the newest state
                 that is good on all ranks.
+            KeyboardInterrupt: the user interrupted; `commit` is the newest.
             TFSparkError: whatever the engine met; `commit` stays good.
         """
         seconds_per_step, fixed_s = None, 0.0
@@ -125,6 +126,8 @@ class TrainingLoop:
             self._advance(result)
             if result.halt and result.halt.kind == "non_finite":
                 raise _non_finite(result)
+            if result.halt and result.halt.kind == "interrupt":
+                raise KeyboardInterrupt
             fixed_s = result.fixed_s
             seconds_per_step = (result.seconds - fixed_s) / len(result.records)
             if self.validate and validation(self.progress):
