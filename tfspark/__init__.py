@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Adamax,
         AdamW,
         Ftrl,
+        Lamb,
         Lion,
         Nadam,
         RMSprop,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tfspark import errors
     from tfspark.context import init_nncontext
     from tfspark.data.dataset import TFDataset
+    from tfspark.graph.lars import LARS
     from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.train.optimizer import TFOptimizer
     from tfspark.train.schedules import (
@@ -56,10 +58,11 @@ __version__ = "0.1.0"
 
 _NAMES_OF = {
     "keras.optimizers": (
-        "SGD Adadelta Adagrad Adam AdamW Adamax Ftrl Lion Nadam RMSprop"  # as Keras has them
+        "SGD Adadelta Adagrad Adam AdamW Adamax Ftrl Lamb Lion Nadam RMSprop"  # as Keras's
     ),
     "tfspark.context": "init_nncontext",
     "tfspark.data.dataset": "TFDataset",
+    "tfspark.graph.lars": "LARS",
     "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
     "tfspark.train.optimizer": "TFOptimizer",
     "tfspark.train.schedules": ("EpochStep MultiStep Plateau Poly SequentialSchedule Step Warmup"),
@@ -71,6 +74,7 @@ _NAMES_OF = {
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 
 __all__ = [
+    "LARS",
     "NDCG",
     "SGD",
     "Adadelta",
@@ -82,6 +86,7 @@ __all__ = [
     "EveryEpoch",
     "Ftrl",
     "HitRatio",
+    "Lamb",
     "Lion",
     "MaxEpoch",
     "MaxIteration",

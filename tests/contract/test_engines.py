@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_models import MODELS
 from keras_reference import global_batches, rank_batches
 
-from tfspark import MaxIteration, TFDataset, TFOptimizer
+from tfspark import LARS, MaxIteration, TFDataset, TFOptimizer
 from tfspark.data.order import BatchOrder
 
 BATCH, SEED, STEPS = 8, 11, 5
@@ -28,6 +28,9 @@ OPTIMIZERS = {
     "rmsprop": lambda: keras.optimizers.RMSprop(0.01, centered=True, momentum=0.5),
     "ftrl": lambda: keras.optimizers.Ftrl(0.05),
     "lion": lambda: keras.optimizers.Lion(0.005),
+    "lamb": lambda: keras.optimizers.Lamb(0.02, weight_decay=0.1),
+    "lamb_clipnorm": lambda: keras.optimizers.Lamb(0.02, clipnorm=0.05),
+    "lars": lambda: LARS(0.1, weight_decay=0.1, trust_coefficient=0.2),
     "clipvalue": lambda: keras.optimizers.SGD(0.5, clipvalue=0.02),
     "clipnorm": lambda: keras.optimizers.SGD(0.5, clipnorm=0.05),
     "global_clipnorm": lambda: keras.optimizers.SGD(0.5, global_clipnorm=0.05),
@@ -195,9 +198,17 @@ def test_the_same_run_twice_gives_the_same_bits(sc, engine):
         np.testing.assert_array_equal(a, b)
 
 
-def test_all_engines_give_the_same_bits(sc):
+def test_norms_of_tensors_that_straddle_three_ranks(sc, engine):
+    make, sizes = OPTIMIZERS["lamb"], (9, 0, 4)
+    assert_close(
+        trained(sc, engine, "lstm", make(), sizes), reference("lstm", make(), sizes), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "lamb_clipnorm", "lars"])
+def test_all_engines_give_the_same_bits(sc, optimizer):
     results = [
-        trained(sc, engine, "dense", keras.optimizers.Adam(0.01), (13, 7))
+        trained(sc, engine, "dense", OPTIMIZERS[optimizer](), (13, 7))
         for engine in ("local", "shuffle", "gang")
     ]
     for reference, *others in zip(*results, strict=True):

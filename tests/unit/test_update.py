@@ -12,16 +12,9 @@ import tensorflow as tf
 from keras import ops, optimizers
 
 from tfspark.errors import InvalidInputError, UnsupportedRuleError
-from tfspark.graph.update import (
-    Clipping,
-    clipping_of,
-    decay_mask,
-    learning_rate_of,
-    optimizer_from,
-    scales,
-    tensor_squared_norms,
-    update_program,
-)
+from tfspark.graph.clipping import Clipping, scales, tensor_squared_norms
+from tfspark.graph.optimizers import clipping_of, decay_mask, learning_rate_of, optimizer_from
+from tfspark.graph.update import update_program
 from tfspark.graphdef.loader import load
 from tfspark.sync.layout import Segment
 
@@ -190,12 +183,33 @@ class Signed(optimizers.Optimizer):
         self.assign_sub(variable, ops.sign(gradient) * ops.cast(learning_rate, variable.dtype))
 
 
-class Normed(optimizers.Optimizer):
-    """A rule that looks at all elements."""
+class Largest(optimizers.Optimizer):
+    """A rule that looks at all elements, and not by a sum."""
 
     def update_step(self, gradient, variable, learning_rate):
-        rate = ops.cast(learning_rate, variable.dtype) / ops.norm(gradient)
+        rate = ops.cast(learning_rate, variable.dtype) / ops.max(ops.abs(gradient))
         self.assign_sub(variable, gradient * rate)
+
+
+class Twice(optimizers.Optimizer):
+    """A rule that sums what depends on a sum."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        direction = gradient / ops.norm(gradient)
+        rate = ops.cast(learning_rate, variable.dtype) / ops.sum(ops.abs(direction))
+        self.assign_sub(variable, direction * rate)
+
+
+class Remembering(optimizers.Optimizer):
+    """A rule that keeps a norm."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.norm = self.add_variable((), name="norm")
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.assign(self.norm, ops.norm(gradient))
+        self.assign_sub(variable, gradient * ops.cast(learning_rate, variable.dtype))
 
 
 class RowWise(optimizers.Optimizer):
@@ -255,7 +269,9 @@ def test_an_unknown_elementwise_rule_works():
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (Normed(0.1), "Normed, whose step on a vector is not its step on"),
+        (Largest(0.1), "Largest, whose step on a vector is not its step on its halves"),
+        (Twice(0.1), "not what depends on such a sum. Received: Twice"),
+        (Remembering(0.1), "Remembering, whose 'norm' depends on a sum over a tensor"),
         (RowWise(0.1), "RowWise, whose step on a vector is not its step on a matrix"),
         (OddSlot(0.1), r"OddSlot with 'history' of shape \(3, 2\)"),
         (Copying(0.1), "Copying, whose 'copy' starts from the weights"),
@@ -264,7 +280,6 @@ def test_an_unknown_elementwise_rule_works():
         (Demanding(0.1, 2.0), "Demanding: from_config failed.*'power'"),
         (optimizers.Adafactor(), "Adafactor: it keeps means over rows"),
         (optimizers.Muon(), "Muon: it orthogonalises"),
-        (optimizers.Lamb(), "Lamb: it scales by the norms"),
         (optimizers.LossScaleOptimizer(optimizers.SGD()), "LossScaleOptimizer: .*optimizer in it"),
         (optimizers.Adam(gradient_accumulation_steps=2, clipnorm=1.0), "not with clipnorm"),
         (optimizers.Adam(gradient_accumulation_steps=2, use_ema=True), "use_ema"),
@@ -318,7 +333,8 @@ def test_a_schedule_without_a_config_is_no_obstacle():
 SCRIPT = """
 import numpy as np, tensorflow as tf, keras
 tf.compat.v1.{switch}()
-from tfspark.graph.update import learning_rate_of, update_program
+from tfspark.graph.optimizers import learning_rate_of
+from tfspark.graph.update import update_program
 from tfspark.graphdef.loader import load
 optimizer = keras.optimizers.Adam(0.25, weight_decay=0.5)
 step = load(update_program(optimizer).graph)

@@ -162,11 +162,28 @@ class UpdateProgram:
     4. `scale` `[S]` or `[]`: factor of clipping by norm, 1 where there is none
     5. `learning_rate`, float32 scalar
     6. the slots, one tensor per entry of `slots`
+    7. the sums that the rule makes over whole tensors, `[S]` each: for every element the sum over
+       the tensor that it belongs to, over all ranks
 
     `graph.outputs`: the new shard, then the new slots. The gradient that the rule sees is
     `clip_by_value(gradient_sum / divisor * scale)`.
+
+    Most rules make no sums. A rule that scales by norms of whole tensors has a second graph for
+    what has to be summed first.
+
+    Attributes:
+        name: of the rule, for messages: "Adam".
+        slots: the rule's state.
+        graph: the step.
+        terms: from inputs 1 to 6 to the terms of each sum, `[S]` each; None where there are none.
     """
 
-    name: str  # of the rule, for messages: "Adam"
+    name: str
     slots: tuple[UpdateSlot, ...]
     graph: PureGraph
+    terms: PureGraph | None = None
+
+    @property
+    def num_sums(self) -> int:
+        """How many sums over whole tensors the rule makes."""
+        return 0 if self.terms is None else len(self.terms.outputs)

@@ -3,7 +3,8 @@
 A Keras optimizer is cloned from its config, built on one vector and traced; its variables become
 inputs and outputs. So the rule is Keras's own code, whatever it does, as long as it treats each
 element by itself: then a step on every slice is the step on the whole. What needs more than its own
-element is either taken out of the rule (clipping by norm, see clipping.py) or refused by name.
+element is taken out of the rule (clipping by norm, see clipping.py; sums over a whole tensor, see
+sums.py) or refused by name.
 
 The learning rate is an input: the driver evaluates schedules and sends numbers. A rate of 0 leaves
 the weights as they are, bit for bit, whatever the rule, also where plain Keras would go on by its
@@ -12,8 +13,8 @@ momentum.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -21,23 +22,14 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager.context import eager_mode
 
-from tfspark.errors import InvalidInputError, UnsupportedRuleError
-from tfspark.graph.clipping import Clipping, scales, tensor_squared_norms
+from tfspark.errors import UnsupportedRuleError
+from tfspark.graph.lars import LARS
+from tfspark.graph.optimizers import optimizer_from
 from tfspark.graph.program import UpdateProgram, UpdateSlot
+from tfspark.graph.sums import CutRule, cut_at_sums
 from tfspark.graphdef.loader import load
 from tfspark.graphdef.pure import PureGraph, TensorInfo
-from tfspark.graphdef.variables import Purified, call, trace
-
-__all__ = [
-    "Clipping",
-    "clipping_of",
-    "decay_mask",
-    "learning_rate_of",
-    "optimizer_from",
-    "scales",
-    "tensor_squared_norms",
-    "update_program",
-]
+from tfspark.graphdef.variables import call, trace
 
 # The length of the vector that a rule is traced on; the graph then takes any length.
 _TRACED_SIZE = 5
@@ -53,97 +45,6 @@ _TAKEN_OUT = (
 )
 _OWN_STATE = frozenset({*_TAKEN_OUT, "name", "built"})
 
-_REFUSED = {
-    "LossScaleOptimizer": "it decides by all gradients whether to step; use the optimizer in it",
-    "MultiOptimizer": "give a dict of variable-name prefix to optimizer instead",
-    "Adafactor": "it keeps means over rows and columns of a tensor; use Adam or Lion",
-    "Muon": "it orthogonalises whole matrices; use AdamW",
-    "Lamb": "it scales by the norms of whole tensors; use AdamW, with clipnorm if need be",
-    "LARS": "it scales by the norms of whole tensors; use SGD, with clipnorm if need be",
-}
-
-
-def optimizer_from(value: Any) -> keras.optimizers.Optimizer:
-    """A Keras optimizer whose rule can be applied to shards, from an optimizer or its name.
-
-    Raises:
-        UnsupportedRuleError: the rule cannot be sharded, or does not scale by a learning rate that
-            can be fed.
-        InvalidInputError: anything but a Keras optimizer.
-    """
-    optimizer = value
-    if isinstance(value, str):
-        try:
-            with eager_mode():
-                optimizer = keras.optimizers.get(value)
-        except ValueError as error:
-            raise _not_an_optimizer(value) from error
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise _not_an_optimizer(value)
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _REFUSED:
-            raise UnsupportedRuleError(
-                "An optimizer's rule must treat every element by itself to be applied to shards. "
-                f"Received: {type(optimizer).__name__}: {_REFUSED[cls.__name__]}."
-            )
-    return optimizer
-
-
-def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
-    """The optimizer's learning rate: a float, a schedule, or a function without arguments."""
-    rate = optimizer._learning_rate
-    if not isinstance(rate, keras.Variable):
-        return rate
-    if tf.is_symbolic_tensor(rate.value.handle):
-        # Made in a TF1 graph: the value lies in some session, its initial value in the graph.
-        return _shortest(tf.get_static_value(rate.value.initial_value))
-    with eager_mode():
-        return _shortest(rate.value.numpy())
-
-
-def clipping_of(optimizer: keras.optimizers.Optimizer) -> Clipping:
-    """How the optimizer clips. `value` is for information: the update program clips by itself."""
-    bound = optimizer.clipvalue
-    return Clipping(
-        value=(-bound, bound) if bound else None,
-        norm=optimizer.clipnorm or None,
-        global_norm=optimizer.global_clipnorm or None,
-    )
-
-
-def decay_mask(
-    optimizer: keras.optimizers.Optimizer,
-    names: Sequence[str],
-    variables: Sequence[Any] | None = None,
-) -> list[bool]:
-    """Whether the optimizer's weight decay applies to each weight.
-
-    Args:
-        optimizer: on which `exclude_from_weight_decay` may have been called.
-        names: of the weights.
-        variables: the variables of these names, needed where variables are excluded, not names.
-
-    Returns:
-        One bool per name; all true where there is no weight decay.
-
-    Raises:
-        InvalidInputError: variables are excluded, and none were given.
-    """
-    excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
-    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
-    if not optimizer.weight_decay or not (excluded or pattern):
-        return [True] * len(names)
-    if excluded and variables is None:
-        raise InvalidInputError(
-            "This program knows its weights by name only. Received: an optimizer with "
-            "exclude_from_weight_decay(var_list=…). Use var_names=[…]."
-        )
-    mask = [not (pattern and re.search(pattern, name)) for name in names]
-    if excluded and variables is not None:
-        keys = [optimizer._var_key(variable) for variable in variables]
-        mask = [m and key not in excluded for m, key in zip(mask, keys, strict=True)]
-    return mask
-
 
 def update_program(
     optimizer: keras.optimizers.Optimizer,
@@ -151,16 +52,18 @@ def update_program(
     *,
     clip_value: tuple[float, float] | None = None,
     weight_decay: bool = True,
+    adaptation: bool = True,
 ) -> UpdateProgram:
     """The optimizer's step on a shard of any length.
 
     Args:
         optimizer: of Keras. It is neither changed nor are its slots read: training starts with
             fresh ones. Its learning rate and clipping by norm are left to the caller
-            (`learning_rate_of`, `clipping_of`).
+            (see optimizers.py).
         dtype: of the weights, "float32" or "float64".
         clip_value: bounds of every element of the gradient, beside the optimizer's own `clipvalue`.
         weight_decay: false for weights that are excluded from the optimizer's weight decay.
+        adaptation: false for weights whose norms a `LARS` does not look at.
 
     Returns:
         See `UpdateProgram`. Slots have the names of Keras ("iteration", "momentum", "velocity",
@@ -188,33 +91,21 @@ def update_program(
             "which needs no more memory if tfspark splits each batch (accumulation_steps)."
         )
     with eager_mode():
-        slots, pure = _traced_rule(optimizer, dtype, weight_decay)
-        if not type(optimizer).__module__.startswith("keras."):
-            _probe(optimizer, slots, pure, dtype, weight_decay)
+        make = partial(_clone, optimizer, weight_decay, adaptation)
+        slots, rule = _traced_rule(make(), dtype)
+        if not type(optimizer).__module__.startswith(("keras.", "tfspark.")):
+            _probe(make(), _program(name, slots, rule, dtype), dtype)
         if every:
             slots += [
                 UpdateSlot("gradient_accumulator", "vector", dtype, 0.0),
                 UpdateSlot("accumulation", "scalar", "int64", 0.0),
             ]
-        return UpdateProgram(
-            name,
-            tuple(slots),
-            _update_graph(
-                slots,
-                pure,
-                dtype,
-                clip_value,
-                every,
-                optimizer.ema_overwrite_frequency if optimizer.use_ema else None,
-            ),
-        )
+        overwrite_every = optimizer.ema_overwrite_frequency if optimizer.use_ema else None
+        return _program(name, slots, rule, dtype, clip_value, every, overwrite_every)
 
 
-def _traced_rule(
-    optimizer: keras.optimizers.Optimizer, dtype: str, weight_decay: bool
-) -> tuple[list[UpdateSlot], Purified]:
-    """The rule's slots, and its pure graph over (gradient, shard, rate, *slots)."""
-    rule = _clone(optimizer, weight_decay)
+def _traced_rule(rule: Any, dtype: str) -> tuple[list[UpdateSlot], CutRule]:
+    """The slots of a fresh optimizer, and its rule over (gradient, shard, rate, *slots)."""
     # Not zeros, so that a slot that starts from the weights shows.
     start = np.linspace(0.5, 1.5, _TRACED_SIZE)
     shard = keras.Variable(start, dtype=dtype, name="shard")
@@ -245,10 +136,10 @@ def _traced_rule(
             "An optimizer must create its variables in build(), with add_variable or "
             f"add_optimizer_variables. Received: {type(rule).__name__}, which uses {unknown}."
         )
-    return slots, pure
+    return slots, cut_at_sums(pure.graph, type(rule).__name__, _TRACED_SIZE)
 
 
-def _clone(optimizer: keras.optimizers.Optimizer, weight_decay: bool) -> Any:
+def _clone(optimizer: keras.optimizers.Optimizer, weight_decay: bool, adaptation: bool) -> Any:
     """A fresh optimizer of the same config, without what tfspark does around the rule."""
     # get_config() reads the learning rate, which a TF1 graph or a schedule without a config of its
     # own does not allow; so it is asked of a shadow of the optimizer that has none.
@@ -278,6 +169,9 @@ def _clone(optimizer: keras.optimizers.Optimizer, weight_decay: bool) -> Any:
         raise _lost(optimizer, f"from_config does not bring back {', '.join(changed)}")
     if not weight_decay:
         rule.weight_decay = None  # some rules take no None in their config
+    if isinstance(rule, LARS):
+        rule.adapt_vectors = True  # a slice is a vector, whatever the shape of its tensor
+        rule.trust_coefficient = rule.trust_coefficient if adaptation else None
     return rule
 
 
@@ -313,56 +207,106 @@ def _slot(rule: Any, variable: keras.Variable, dtype: str) -> UpdateSlot:
     return UpdateSlot(name, kinds[shape], str(value.dtype), float(value.flat[0]))
 
 
-def _update_graph(
+def _program(
+    name: str,
     slots: Sequence[UpdateSlot],
-    pure: Purified,
+    rule: CutRule,
     dtype: str,
     clip_value: tuple[float, float] | None = None,
     every: int | None = None,
     overwrite_every: int | None = None,
-) -> PureGraph:
+) -> UpdateProgram:
     """The contract of `UpdateProgram` around a traced rule.
 
     `every`: gradient_accumulation_steps; `overwrite_every`: ema_overwrite_frequency.
     """
-    names = [slot.name for slot in slots]
-    graph = tf.Graph()
-    with graph.as_default():
-
-        def placeholder(kind: Any, shape: Any, name: str) -> Any:
-            return tf.compat.v1.placeholder(kind, shape, name)
-
-        shard = placeholder(dtype, [None], "shard")
-        gradient_sum = placeholder(dtype, [None], "gradient_sum")
-        divisor = placeholder("float64", [], "divisor")
-        scale = placeholder(dtype, None, "scale")
-        rate = placeholder("float32", [], "learning_rate")
-        old = [
-            placeholder(slot.dtype, [None] if slot.kind == "vector" else [], f"slot_{i}")
-            for i, slot in enumerate(slots)
-        ]
-        inputs = [shard, gradient_sum, divisor, scale, rate, *old]
-
-        gradient = gradient_sum / tf.cast(divisor, dtype) * scale
-        if clip_value is not None:
-            gradient = tf.clip_by_value(gradient, *clip_value)
+    terms = None
+    if rule.terms is not None:
+        with tf.Graph().as_default():
+            given = _Given(slots, dtype, clip_value, every)
+            outputs = call(rule.terms, [given.gradient, given.shard, given.rate, *given.held])
+            terms = _pure(given.inputs, [tf.cast(tensor, dtype) for tensor in outputs])
+    with tf.Graph().as_default():
+        given = _Given(slots, dtype, clip_value, every)
+        shard, rate, held = given.shard, given.rate, given.held
+        sums = [_placeholder(dtype, [None], f"sum_{i}") for i in range(len(rule.sum_dtypes))]
+        new_shard, _, *new = call(
+            rule.rest, [given.gradient, shard, rate, *held, *_cast(sums, rule.sum_dtypes)]
+        )
+        for slot, tensor in zip(slots, new, strict=False):
+            if slot.kind == "scalar" and tensor.shape.rank != 0:
+                raise UnsupportedRuleError(
+                    "An optimizer's scalar variables must not depend on the weights to be sharded. "
+                    f"Received: {name}, whose {slot.name!r} depends on a sum over a tensor. Use an "
+                    "optimizer such as Lamb or LARS, which remember no norms."
+                )
         if every:
             # As Keras: every k-th step applies the mean of k gradients, the others only add.
-            *held, accumulated, count = old
-            total = gradient + accumulated
-            is_due = tf.equal((count + 1) % every, 0)
-            new_shard, _, *new = call(pure.graph, [total / every, shard, rate, *held])
+            is_due = tf.equal((given.count + 1) % every, 0)
             new_shard = tf.where(is_due, new_shard, shard)
             new = [tf.where(is_due, a, b) for a, b in zip(new, held, strict=True)]
-            new += [tf.where(is_due, tf.zeros_like(total), total), count + 1]
-        else:
-            new_shard, _, *new = call(pure.graph, [gradient, shard, rate, *old])
+            total = given.total
+            new += [tf.where(is_due, tf.zeros_like(total), total), given.count + 1]
         if overwrite_every:
-            iteration, average = old[names.index("iteration")], new[names.index("average")]
+            names = [slot.name for slot in slots]
+            iteration, average = held[names.index("iteration")], new[names.index("average")]
             is_due = tf.equal((iteration + 1) % overwrite_every, 0)
             new_shard = tf.where(is_due, average, new_shard)
         new_shard = tf.where(tf.equal(rate, 0), shard, new_shard)
-        outputs = [tf.identity(tensor) for tensor in (new_shard, *new)]
+        return UpdateProgram(
+            name, tuple(slots), _pure([*given.inputs, *sums], [new_shard, *new]), terms
+        )
+
+
+class _Given:
+    """What is given to an `UpdateProgram`, in the graph that is being built.
+
+    Attributes:
+        inputs: 1 to 6 of the contract.
+        shard, rate: two of them.
+        held: the slots of the rule.
+        gradient: what the rule sees.
+        total, count: with accumulation, the sum of gradients so far and the steps before this one.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[UpdateSlot],
+        dtype: str,
+        clip_value: tuple[float, float] | None,
+        every: int | None,
+    ):
+        self.shard = _placeholder(dtype, [None], "shard")
+        gradient_sum = _placeholder(dtype, [None], "gradient_sum")
+        divisor = _placeholder("float64", [], "divisor")
+        scale = _placeholder(dtype, None, "scale")
+        self.rate = _placeholder("float32", [], "learning_rate")
+        self.held = [
+            _placeholder(slot.dtype, [None] if slot.kind == "vector" else [], f"slot_{i}")
+            for i, slot in enumerate(slots)
+        ]
+        self.inputs = [self.shard, gradient_sum, divisor, scale, self.rate, *self.held]
+        self.gradient = gradient_sum / tf.cast(divisor, dtype) * scale
+        if clip_value is not None:
+            self.gradient = tf.clip_by_value(self.gradient, *clip_value)
+        if every:
+            *self.held, accumulated, self.count = self.held
+            self.total = self.gradient + accumulated
+            self.gradient = self.total / every
+
+
+def _placeholder(dtype: str, shape: Any, name: str) -> Any:
+    return tf.compat.v1.placeholder(dtype, shape, name)
+
+
+def _cast(tensors: Sequence[Any], dtypes: Sequence[str]) -> list[Any]:
+    return [tf.cast(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def _pure(inputs: Sequence[Any], outputs: Sequence[Any]) -> PureGraph:
+    """The graph that is being built."""
+    outputs = [tf.identity(tensor) for tensor in outputs]
+    graph = tf.compat.v1.get_default_graph()
     return PureGraph(
         graph_def=graph.as_graph_def().SerializeToString(deterministic=True),
         inputs=tuple(TensorInfo(x.op.name, x.dtype.name, _shape(x)) for x in inputs),
@@ -370,70 +314,67 @@ def _update_graph(
     )
 
 
-def _probe(
-    optimizer: Any, slots: Sequence[UpdateSlot], pure: Purified, dtype: str, weight_decay: bool
-) -> None:
+def _probe(rule: Any, program: UpdateProgram, dtype: str) -> None:
     """Refuses a rule that gives different numbers on a matrix, on a vector and on its halves."""
-    step = load(_update_graph(slots, pure, dtype))
-    name = type(optimizer).__name__
+    name = type(rule).__name__
     rng = np.random.default_rng(0)
     size, rate = 64, np.float32(0.01)
     start = rng.normal(size=size).astype(dtype)
     gradients = rng.normal(size=(3, size)).astype(dtype)
 
-    def steps(part: slice) -> np.ndarray:
-        shard: Any = start[part]
-        values: list[Any] = [
-            np.full(len(shard) if slot.kind == "vector" else (), slot.initial, slot.dtype)
-            for slot in slots
-        ]
-        for gradient in gradients:
-            fixed = (np.float64(1), np.asarray(1, dtype), rate)
-            shard, *values = step(shard, gradient[part], *fixed, *values)
-        return np.asarray(shard)
-
-    rule = _clone(optimizer, weight_decay)
     matrix = keras.Variable(start.reshape(8, 8), dtype=dtype)
     rule.build([matrix])
     rule._learning_rate.assign(rate)
     for gradient in gradients:
         rule.apply([tf.constant(gradient.reshape(8, 8))], [matrix])
     try:
-        halves = np.concatenate([steps(slice(0, size // 2)), steps(slice(size // 2, size))])
-        whole = steps(slice(0, size))
+        whole = _steps(program, start, gradients, rate, [slice(0, size)])
+        two = [slice(0, size // 2), slice(size // 2, size)]
+        halves = _steps(program, start, gradients, rate, two)
     except (tf.errors.InvalidArgumentError, ValueError) as error:
         raise UnsupportedRuleError(
             "An optimizer's rule must work on a vector of any length to be applied to shards. "
-            f"Received: {name}, which does not ({error}). Use tf.shape or ops.zeros_like where it "
-            "uses a static shape."
+            f"Received: {name}, which does not ({error}). Where it uses a shape, compute from the "
+            "gradient instead: ops.zeros(variable.shape) is 0 * gradient."
         ) from error
     for what, other in (("a matrix", matrix.numpy().reshape(-1)), ("its halves", halves)):
         if not np.allclose(whole, other, rtol=1e-4, atol=1e-6, equal_nan=True):
             raise UnsupportedRuleError(
-                "An optimizer's rule must treat every element by itself to be applied to shards. "
-                f"Received: {name}, whose step on a vector is not its step on {what}. "
+                "An optimizer's rule must be elementwise, up to sums over a tensor, to be applied "
+                f"to shards. Received: {name}, whose step on a vector is not its step on {what}. "
                 "Use an elementwise optimizer such as Adam."
             )
 
 
+def _steps(
+    program: UpdateProgram, start: Any, gradients: Any, rate: Any, slices: Sequence[slice]
+) -> np.ndarray:
+    """One tensor after some steps, taken slice by slice."""
+    step = load(program.graph)
+    terms = load(program.terms) if program.terms else None
+    fixed = (np.float64(1), np.asarray(1, start.dtype), rate)
+    shards = [start[part] for part in slices]
+    held: list[list[Any]] = [
+        [
+            np.full(len(shard) if slot.kind == "vector" else (), slot.initial, slot.dtype)
+            for slot in program.slots
+        ]
+        for shard in shards
+    ]
+    for gradient in gradients:
+        given = [
+            (shard, gradient[part], *fixed, *values)
+            for shard, part, values in zip(shards, slices, held, strict=True)
+        ]
+        totals = np.zeros(program.num_sums)
+        if terms:
+            for inputs in given:
+                totals += [np.sum(values, dtype=np.float64) for values in terms(*inputs)]
+        for i, inputs in enumerate(given):
+            sums = [np.full(len(inputs[0]), total, start.dtype) for total in totals]
+            shards[i], *held[i] = step(*inputs, *sums)
+    return np.concatenate([np.asarray(shard) for shard in shards])
+
+
 def _shape(tensor: Any) -> tuple[int | None, ...] | None:
     return None if tensor.shape.rank is None else tuple(tensor.shape.as_list())
-
-
-def _shortest(rate: Any) -> float:
-    """The shortest decimal number of a float32: 0.001, not 0.0010000000474974513."""
-    return float(str(np.float32(rate)))
-
-
-def _not_an_optimizer(value: Any) -> InvalidInputError:
-    hint = ""
-    if isinstance(value, type):
-        hint = f" Make an instance: {value.__name__}(…)."
-    elif hasattr(value, "compute_gradients"):
-        hint = " Optimizers of tf.compat.v1.train have a namesake in keras.optimizers."
-    elif type(value).__module__.startswith("torch"):
-        hint = " Optimizers of torch have a namesake in keras.optimizers."
-    return InvalidInputError(
-        "An optimizer is one of keras.optimizers, or its name such as 'adam'. "
-        f"Received: {value!r}.{hint}"
-    )

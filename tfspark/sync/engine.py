@@ -73,9 +73,15 @@ class Run:
         return StateLayout(self.program.state, self.num_ranks)
 
     @property
-    def clips_by_norm(self) -> bool:
-        """Whether an update needs norms summed over ranks first."""
-        return self.clip_norm is not None or any(c.needs_norms for c in self.clippings)
+    def sums(self) -> tuple[str, ...]:
+        """The sums over whole tensors that an update needs, in this order.
+
+        "clipping": of the squares of every gradient. "rule": what optimizers sum themselves, of
+        clipped gradients.
+        """
+        clips = self.clip_norm is not None or any(c.needs_norms for c in self.clippings)
+        has_rule = any(update.num_sums for update in self.updates)
+        return ("clipping",) * clips + ("rule",) * has_rule
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Message:
     """What one rank tells another in one phase of a step.
 
     Attributes:
-        kind: the phase: "shard", "gradient", "norms", "state".
+        kind: the phase: "shard", "gradient", "sums", "state".
         source: the rank that sent it.
         meta: small values that JSON holds.
         arrays: NumPy arrays by name.

@@ -135,16 +135,16 @@ class GangRank:
             rank, step, self._replica(shards), self._reader, None if last else step + 1
         )
         reduced = program.reduce(self._reduce_scatter(contribution, step))
-        norms = None
-        if run.clips_by_norm and not reduced.halt:
-            norms = all_reduce_sum(
+        sums: dict[str, np.ndarray] = {}
+        for kind in () if reduced.halt else run.sums:
+            sums[kind] = all_reduce_sum(
                 self._links,
-                program.squared_norms(rank, reduced),
-                phase="norms",
+                program.tensor_sums(kind, state, reduced, rates, sums),
+                phase=f"{kind} sums",
                 step=step + 1,
                 timeout_s=self._limit_s,
             )
-        return program.apply(state, reduced, rates, norms, plan.stop)
+        return program.apply(state, reduced, rates, sums, plan.stop)
 
     def _gather_shards(self, state: RankState) -> list[Message]:
         """The "shard" messages of all ranks, by rank."""

@@ -149,6 +149,15 @@ class Layout:
             begin += weight.size
         return tuple(found)
 
+    def group_segments(self, rank: int, group: int) -> tuple[Segment, ...]:
+        """The segments of one group's slice of a shard, counted from the start of that slice."""
+        offset = self.slice_offsets[group]
+        return tuple(
+            Segment(segment.tensor, segment.start - offset, segment.stop - offset)
+            for segment in self.segments(rank)
+            if self.weights[segment.tensor].group == group
+        )
+
 
 @dataclass(frozen=True)
 class StateLayout:

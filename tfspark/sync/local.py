@@ -85,13 +85,15 @@ class LocalEngine(Engine):
             program.reduce([gradient_message(program.run, part, owner) for part in contributions])
             for owner in range(program.run.num_ranks)
         ]
-        norms = None
-        if program.run.clips_by_norm and not reduced[0].halt:
-            norms = sum_in_rank_order(
-                [program.squared_norms(rank, part) for rank, part in enumerate(reduced)]
-            )
+        sums: dict[str, np.ndarray] = {}
+        for kind in () if reduced[0].halt else program.run.sums:
+            parts = [
+                program.tensor_sums(kind, state, part, rates, sums)
+                for state, part in zip(states, reduced, strict=True)
+            ]
+            sums[kind] = sum_in_rank_order(parts)
         return [
-            program.apply(state, part, rates, norms, plan.stop)
+            program.apply(state, part, rates, sums, plan.stop)
             for state, part in zip(states, reduced, strict=True)
         ]
 

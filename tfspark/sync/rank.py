@@ -2,14 +2,16 @@
 
 A step has three phases: `contribute` (the gradient of this rank's rows), `reduce` (the sum of one
 slice over all ranks, in rank order) and `apply` (the optimizer on the shard). Between them the
-engine moves messages. Every engine runs this code, so all of them give the same bits.
+engine moves messages. Where an update needs sums over whole tensors (`Run.sums`), each rank makes
+its part of them (`tensor_sums`) before `apply`. Every engine runs this code, so all of them give
+the same bits.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,6 +24,7 @@ from tfspark.data.batches import BatchReader
 from tfspark.errors import TrainingError
 from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
+from tfspark.graph.sums import at_elements, tensor_sums
 from tfspark.graphdef.loader import array_of, load, op_error
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
@@ -96,6 +99,9 @@ class RankProgram:
         self.run = run
         self._gradient = load(run.program.graph)
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
+        self._terms = [
+            load(update.terms, jit_compile=True) if update.terms else None for update in run.updates
+        ]
         self.has_stepped = False  # or the next step has to compile
 
     def replica(self, messages: Sequence[Message], flat: np.ndarray | None = None) -> Replica:
@@ -232,20 +238,49 @@ class RankProgram:
         gradient = rank_ordered_sum(gradients, layout.shard_size, layout.dtype)
         return Reduced(rows, loss_sum, gradient, mean / max(rows, 1), first, halt, seconds)
 
-    def squared_norms(self, rank: int, reduced: Reduced) -> np.ndarray:
-        """This rank's part of the squared norm of every tensor's gradient, float64 `[tensors]`."""
-        return tensor_squared_norms(
-            reduced.gradient / reduced.rows,
-            self.run.layout.segments(rank),
-            len(self.run.program.weights),
-        )
+    def tensor_sums(
+        self,
+        kind: str,
+        state: RankState,
+        reduced: Reduced,
+        learning_rates: Sequence[float],
+        sums: Mapping[str, np.ndarray],
+    ) -> np.ndarray:
+        """This rank's part of one kind of sums over whole tensors, which the engine adds up.
+
+        Args:
+            kind: of `Run.sums`.
+            state: of this rank, before the step.
+            reduced: this rank's slice of the sums of gradients.
+            learning_rates: per group.
+            sums: over all ranks, of the kinds before this one.
+
+        Returns:
+            float64: `[tensors]` for "clipping"; for "rule" `[sums of the rule, tensors]`, with the
+            rows of the rule that has most.
+        """
+        layout, updates = self.run.layout, self.run.updates
+        num_tensors = len(layout.weights)
+        if kind == "clipping":
+            gradient = reduced.gradient / reduced.rows
+            return tensor_squared_norms(gradient, layout.segments(state.rank), num_tensors)
+        total = np.zeros((max(update.num_sums for update in updates), num_tensors))
+        for group, terms in enumerate(self._terms):
+            if terms is not None:
+                outputs = terms(*self._inputs(group, state, reduced, learning_rates, sums))
+                total[: len(outputs)] += tensor_sums(
+                    [array_of(output) for output in outputs],
+                    layout.group_segments(state.rank, group),
+                    num_tensors,
+                )
+        return total
 
     def apply(
         self,
         state: RankState,
         reduced: Reduced,
         learning_rates: Sequence[float],
-        squared_norms: np.ndarray | None = None,
+        sums: Mapping[str, np.ndarray],
         stop: Callable[[int, float], bool] | None = None,
     ) -> RankState:
         """The state after the optimizer's step on this rank's shard.
@@ -254,7 +289,7 @@ class RankProgram:
             state: of this rank, before the step.
             reduced: this rank's slice of the sums.
             learning_rates: per group.
-            squared_norms: of every tensor's gradient, summed over ranks; where clipping needs it.
+            sums: over whole tensors and all ranks, of every kind in `Run.sums`; none after a halt.
             stop: see `RoundPlan`; every rank gets the same answer, so all halt together.
         """
         halt = state.halt or reduced.halt or self._overflow(state, reduced)
@@ -265,14 +300,9 @@ class RankProgram:
         started = time.perf_counter()
         shards, slots = [], []
         for group, update in enumerate(self._updates):
-            part = layout.group_slice(group)
             outputs = update(
-                state.shard[part],
-                reduced.gradient[part],
-                np.float64(reduced.rows),
-                self._scale(state.rank, group, squared_norms),
-                np.float32(learning_rates[group]),
-                *state.slots[group],
+                *self._inputs(group, state, reduced, learning_rates, sums),
+                *self._rule_sums(group, state.rank, sums),
             )
             shards.append(array_of(outputs[0]))
             slots.append([array_of(output) for output in outputs[1:]])
@@ -292,6 +322,37 @@ class RankProgram:
             first=reduced.first,
             records=[*state.records, record],
             halt=Halt("stop", record.step) if stop and stop(record.step, record.loss) else None,
+        )
+
+    def _inputs(
+        self,
+        group: int,
+        state: RankState,
+        reduced: Reduced,
+        learning_rates: Sequence[float],
+        sums: Mapping[str, np.ndarray],
+    ) -> list[Any]:
+        """Inputs 1 to 6 of a group's `UpdateProgram`."""
+        part = self.run.layout.group_slice(group)
+        return [
+            state.shard[part],
+            reduced.gradient[part],
+            np.float64(reduced.rows),
+            self._scale(state.rank, group, sums.get("clipping")),
+            np.float32(learning_rates[group]),
+            *state.slots[group],
+        ]
+
+    def _rule_sums(self, group: int, rank: int, sums: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Inputs 7 of a group's `UpdateProgram`."""
+        layout, count = self.run.layout, self.run.updates[group].num_sums
+        if not count:
+            return []
+        return at_elements(
+            sums["rule"][:count],
+            layout.group_segments(rank, group),
+            layout.slice_sizes[group],
+            layout.dtype,
         )
 
     def _scale(self, rank: int, group: int, squared_norms: np.ndarray | None) -> np.ndarray:

@@ -3,7 +3,7 @@
 ```
 commit ──scatter──► A ──exchange──► B ──exchange──► A … B ──► commit
                     │ gradient       │ sum, optimizer
-                    └ zip(handles)   └ (one more exchange of norms where clipping needs them)
+                    └ zip(handles)   └ (one more exchange for each kind of sums over whole tensors)
 ```
 
 * Stage A of rank `r` gets every shard, joins the flat vector, computes the gradient of its rows
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from pyspark import Broadcast, StorageLevel
 from pyspark.rdd import RDD
 
@@ -71,8 +72,9 @@ class ShuffleEngine(SparkEngine):
             step = plan.first_step + index
             pairs = wire.zip_frames(self._handles, received)
             gradients = wire.exchange(pairs, _Gradient(self._run, step), run.num_ranks)
-            if run.clips_by_norm:
-                gradients = wire.exchange(gradients, _Norms(self._run, step), run.num_ranks)
+            for kind in run.sums:
+                stage = _Sums(self._run, step, rates, kind)
+                gradients = wire.exchange(gradients, stage, run.num_ranks)
             update = _Update(self._run, step, rates, plan.stop)
             if index + 1 < plan.num_steps:
                 received = wire.exchange(gradients, _Thenscatter(update), run.num_ranks)
@@ -113,27 +115,31 @@ class _Gradient:
 
 
 @dataclass(frozen=True)
-class _Norms:
-    """Between A and B, where clipping needs norms over all ranks: every rank sums its slice."""
+class _Sums:
+    """Between A and B, where an update needs sums over whole tensors: every rank sums its slice."""
 
     run: Broadcast
     step: int
+    learning_rates: tuple[float, ...]
+    kind: str
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-        messages, own = _receive(frames, "gradient")
+        frames = list(frames)
+        parts, sums, own = _receive(frames)
         run = self.run.value
-        with reporting(rank=rank, step=self.step + 1, phase="norms"):
-            program = program_of(run)
-            reduced = program.reduce(messages)
-            halted = reduced.halt or own.meta["halt"]
-            norms = None if halted else program.squared_norms(rank, reduced)
+        with reporting(rank=rank, step=self.step + 1, phase=f"{self.kind} sums"):
+            program, state = program_of(run), state_from_message(own)
+            reduced = program.reduce(parts)
+            arrays = {}
+            if not (reduced.halt or state.halt):
+                arrays[self.kind] = program.tensor_sums(
+                    self.kind, state, reduced, self.learning_rates, sums
+                )
             for target in range(run.num_ranks):
-                arrays = {} if norms is None else {"norms": norms}
-                yield target, encode(Message("norms", rank, {}, arrays))
-            # The sums themselves go on to the next stage of the same rank.
-            for message in messages:
-                yield rank, encode(message)
-            yield rank, encode(own)
+                yield target, encode(Message("sums", rank, {}, arrays))
+            # What came in goes on to the next stage of the same rank.
+            for frame in frames:
+                yield rank, frame
 
 
 @dataclass(frozen=True)
@@ -146,16 +152,14 @@ class _Update:
     stop: Callable[[int, float], bool] | None
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> RankState:
-        messages, own = _receive(frames, "gradient", "norms")
-        parts = [message for message in messages if message.kind == "gradient"]
-        norms = [m.arrays["norms"] for m in messages if m.kind == "norms" and m.arrays]
+        parts, sums, own = _receive(frames)
         with reporting(rank=rank, step=self.step + 1, phase="update"):
             program = program_of(self.run.value)
             return program.apply(
                 state_from_message(own),
                 program.reduce(parts),
                 self.learning_rates,
-                sum_in_rank_order(norms) if norms else None,
+                sums,
                 self.stop,
             )
 
@@ -182,14 +186,26 @@ class _Thencommit:
         yield encode(state_to_message(state))
 
 
-def _receive(frames: Iterable[bytes], *kinds: str) -> tuple[list[Message], Message]:
-    """The messages of these kinds by rank, and the state that this rank sent itself."""
-    messages, own = [], None
+def _receive(
+    frames: Iterable[bytes],
+) -> tuple[list[Message], dict[str, np.ndarray], Message]:
+    """The gradients by rank, the sums over all ranks by kind, and what this rank sent itself."""
+    gradients, sums, own = [], [], None
     for frame in frames:
         message = decode(frame)
-        if message.kind in kinds:
-            messages.append(message)
+        if message.kind == "gradient":
+            gradients.append(message)
+        elif message.kind == "sums":
+            sums.append(message)
         else:
             own = message
     assert own is not None
-    return sorted(messages, key=lambda message: message.source), own
+    by_kind: dict[str, list[np.ndarray]] = {}
+    for message in sorted(sums, key=lambda message: message.source):
+        for kind, part in message.arrays.items():
+            by_kind.setdefault(kind, []).append(part)
+    return (
+        sorted(gradients, key=lambda message: message.source),
+        {kind: sum_in_rank_order(parts) for kind, parts in by_kind.items()},
+        own,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,12 @@ from typing import Any
 import keras
 
 from tfspark.errors import InvalidInputError
-from tfspark.graph.update import decay_mask, learning_rate_of, optimizer_from
+from tfspark.graph.optimizers import (
+    adaptation_mask,
+    decay_mask,
+    learning_rate_of,
+    optimizer_from,
+)
 from tfspark.train import schedules
 from tfspark.train.schedules import PlateauState
 
@@ -21,11 +27,13 @@ class ParameterGroup:
     Attributes:
         optimizer: of Keras.
         weight_decay: whether its weight decay applies to these weights.
+        adaptation: whether it fits its rate to their norms, if its kind ever does.
         learning_rate: a number, a schedule, or a function without arguments.
     """
 
     optimizer: keras.optimizers.Optimizer
     weight_decay: bool
+    adaptation: bool
     learning_rate: Any
 
 
@@ -104,11 +112,12 @@ def parameter_groups(
             optimizer, where the longest prefix wins and `""` is the prefix of every name.
         weight_names: of the trainable weights, as in `Weight.name`.
         variables: the variables of these names, in the same order; needed only where an optimizer
-            excludes variables, not names, from weight decay.
+            excludes variables, not names, from weight decay, or looks at shapes, as `LARS` does.
 
     Returns:
         The groups, numbered in the order of the dict; of one optimizer, the weights that its
-        `exclude_from_weight_decay` names are a group of their own.
+        `exclude_from_weight_decay` names, and those that a `LARS` does not adapt, are groups of
+        their own.
 
     Raises:
         InvalidInputError: a prefix that no weight has, a weight without a prefix, or an
@@ -126,16 +135,22 @@ def parameter_groups(
     group_of: dict[str, int] = {}
     for number, optimizer in enumerate(optimizers):
         members = [i for i, owner in enumerate(owners) if owner == number]
-        decays = decay_mask(
-            optimizer,
-            [weight_names[i] for i in members],
-            None if variables is None else [variables[i] for i in members],
+        own_names = [weight_names[i] for i in members]
+        own = None if variables is None else [variables[i] for i in members]
+        treatments = list(
+            zip(
+                decay_mask(optimizer, own_names, own),
+                adaptation_mask(optimizer, own_names, own),
+                strict=True,
+            )
         )
-        for decay in (True, False):
-            names = [weight_names[i] for i, d in zip(members, decays, strict=True) if d == decay]
+        rate = learning_rate_of(optimizer)
+        for decays, adapts in itertools.product((True, False), repeat=2):
+            treated = zip(own_names, treatments, strict=True)
+            names = [name for name, treatment in treated if treatment == (decays, adapts)]
             if names:
                 group_of.update(dict.fromkeys(names, len(groups)))
-                groups.append(ParameterGroup(optimizer, decay, learning_rate_of(optimizer)))
+                groups.append(ParameterGroup(optimizer, decays, adapts, rate))
     return ParameterGroups(groups, group_of)
 
 

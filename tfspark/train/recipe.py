@@ -182,6 +182,7 @@ def _updates(
             bound.program.dtype,
             clip_value=settings.clip_value,
             weight_decay=group.weight_decay,
+            adaptation=group.adaptation,
         )
         for group in groups.groups
     )

@@ -16,7 +16,7 @@ from tfspark.context import slots, task_threads
 from tfspark.data.order import BatchOrder
 from tfspark.errors import TFSparkError
 from tfspark.graph.evaluation import results
-from tfspark.graph.update import clipping_of
+from tfspark.graph.optimizers import clipping_of
 from tfspark.sync.engine import Engine, Run
 from tfspark.train.engines import choose_engine, make_engine, materialise
 from tfspark.train.leftovers import release_with
