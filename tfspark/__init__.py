@@ -33,15 +33,10 @@ if TYPE_CHECKING:
     from tfspark.graph.lars import LARS
     from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.train.optimizer import TFOptimizer
-    from tfspark.train.schedules import (
-        EpochStep,
-        MultiStep,
-        Plateau,
-        Poly,
-        SequentialSchedule,
-        Step,
-        Warmup,
-    )
+    from tfspark.train.plateau import Plateau
+    from tfspark.train.scaling import LinearScaling
+    from tfspark.train.schedules import EpochStep, MultiStep, Poly, Step, Warmup
+    from tfspark.train.sequence import SequentialSchedule
     from tfspark.train.summary import TrainSummary, ValidationSummary
     from tfspark.train.triggers import (
         EveryEpoch,
@@ -65,7 +60,10 @@ _NAMES_OF = {
     "tfspark.graph.lars": "LARS",
     "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
     "tfspark.train.optimizer": "TFOptimizer",
-    "tfspark.train.schedules": ("EpochStep MultiStep Plateau Poly SequentialSchedule Step Warmup"),
+    "tfspark.train.plateau": "Plateau",
+    "tfspark.train.scaling": "LinearScaling",
+    "tfspark.train.schedules": "EpochStep MultiStep Poly Step Warmup",
+    "tfspark.train.sequence": "SequentialSchedule",
     "tfspark.train.summary": "TrainSummary ValidationSummary",
     "tfspark.train.triggers": (
         "EveryEpoch MaxEpoch MaxIteration MaxScore MinLoss SeveralIteration TriggerAnd TriggerOr"
@@ -87,6 +85,7 @@ __all__ = [
     "Ftrl",
     "HitRatio",
     "Lamb",
+    "LinearScaling",
     "Lion",
     "MaxEpoch",
     "MaxIteration",

@@ -108,3 +108,10 @@ class PeerLostError(TrainingError):
 
 class CheckpointError(TFSparkError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+def require(condition: bool, rule: str, **received: Any) -> None:
+    """Raises an InvalidInputError of the usual form where a rule about arguments is broken."""
+    if not condition:
+        values = ", ".join(f"{name}={value!r}" for name, value in received.items())
+        raise InvalidInputError(f"{rule}. Received: {values}.")

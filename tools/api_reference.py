@@ -29,12 +29,13 @@ SECTIONS = {
         "TriggerOr"
     ),
     "Learning-rate schedules": (
-        "tfspark: Warmup Poly Step MultiStep EpochStep Plateau SequentialSchedule"
+        "tfspark: Warmup Poly Step MultiStep EpochStep LinearScaling Plateau SequentialSchedule"
     ),
     "Metrics": "tfspark: Top1Accuracy Top5Accuracy HitRatio NDCG",
     "Summaries": "tfspark: TrainSummary ValidationSummary",
     "Optimizers": (
-        "keras.optimizers: SGD Adam AdamW Adagrad Adadelta Adamax Nadam RMSprop Ftrl Lion"
+        "keras.optimizers: SGD Adam AdamW Adagrad Adadelta Adamax Nadam RMSprop Ftrl Lion Lamb; "
+        "tfspark: LARS"
     ),
     "Errors": "tfspark.errors: *",
     "Checkpoint files": "tfspark.train.checkpoint: CheckpointStore Retention",
@@ -77,13 +78,13 @@ def page() -> str:
     parts = [INTRODUCTION]
     for title, section in documented().items():
         parts.append(f"## {title}\n")
-        module = section[0][0]
-        if module == "keras.optimizers":
-            names = ", ".join(f"[`{n}`]({_keras_link(n)})" for _, n in section)
+        of_keras = [name for module, name in section if module == "keras.optimizers"]
+        if of_keras:
+            names = ", ".join(f"[`{name}`]({_keras_link(name)})" for name in of_keras)
             parts.append(f"Keras's own, imported by way of `tfspark`: {names}.\n")
-            continue
         for module, name in section:
-            parts.append(_entry(module, name, known))
+            if module != "keras.optimizers":
+                parts.append(_entry(module, name, known))
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_models import MODELS
 from keras_reference import global_batches, rank_batches
 
-from tfspark import LARS, MaxIteration, TFDataset, TFOptimizer
+from tfspark import LARS, LinearScaling, MaxIteration, TFDataset, TFOptimizer
 from tfspark.data.order import BatchOrder
 
 BATCH, SEED, STEPS = 8, 11, 5
@@ -202,6 +202,15 @@ def test_norms_of_tensors_that_straddle_three_ranks(sc, engine):
     make, sizes = OPTIMIZERS["lamb"], (9, 0, 4)
     assert_close(
         trained(sc, engine, "lstm", make(), sizes), reference("lstm", make(), sizes), atol=1e-5
+    )
+
+
+def test_schedules_learn_of_batches_and_epochs(sc):
+    sgd, scaling = keras.optimizers.SGD, functools.partial(LinearScaling, 0.02, 4, 1)
+    known = scaling(batch_size=BATCH, steps_per_epoch=3)  # 20 rows
+    assert_close(
+        trained(sc, "local", "dense", sgd(scaling()), (13, 7)),
+        reference("dense", sgd(known), (13, 7)),
     )
 
 

@@ -8,7 +8,8 @@ from keras.optimizers import SGD, Adam, AdamW
 
 from tfspark.errors import InvalidInputError
 from tfspark.train.groups import parameter_groups
-from tfspark.train.schedules import EpochStep, Plateau, Step
+from tfspark.train.plateau import Plateau
+from tfspark.train.schedules import EpochStep, Step
 
 NAMES = ["dense/kernel", "dense/bias", "dense_1/kernel", "dense_1/bias", "scale"]
 
@@ -83,7 +84,7 @@ def test_schedules_step_epoch_and_score():
         },
         NAMES,
     )
-    groups.bind(steps_per_epoch=3)
+    groups.bind(steps_per_epoch=3, batch_size=8)
     assert [groups.learning_rates(step) for step in (1, 2, 3)] == [
         (1.0, 1.0, 1.0),
         (0.5, 1.0, 1.0),

@@ -10,19 +10,11 @@ import pytest
 import tensorflow as tf
 
 from tfspark.errors import InvalidInputError
-from tfspark.train.schedules import (
-    EpochStep,
-    MultiStep,
-    Plateau,
-    PlateauState,
-    Poly,
-    SequentialSchedule,
-    Step,
-    Warmup,
-    bind,
-    observe,
-    rate_at,
-)
+from tfspark.train.plateau import Plateau, PlateauState
+from tfspark.train.rates import bind, observe, rate_at
+from tfspark.train.scaling import LinearScaling
+from tfspark.train.schedules import EpochStep, MultiStep, Poly, Step, Warmup
+from tfspark.train.sequence import SequentialSchedule
 
 SCHEDULES = [
     (
@@ -41,6 +33,26 @@ SCHEDULES = [
         EpochStep(2, 0.1, steps_per_epoch=4, learning_rate=0.3),
         lambda n: 0.3 * 0.1 ** (n // 4 // 2),
     ),
+    (
+        LinearScaling(0.1, 256, 2, batch_size=1024, steps_per_epoch=5),
+        lambda n: 0.1 + 0.03 * min(n, 10),
+    ),
+    (
+        LinearScaling(0.1, 64, 0.5, power=0.5, batch_size=256, steps_per_epoch=8),
+        lambda n: [0.1, 0.125, 0.15, 0.175][n] if n < 4 else 0.2,
+    ),
+    (
+        LinearScaling(
+            0.1, 32, 1, batch_size=64, steps_per_epoch=4, then=EpochStep(2, 0.1, steps_per_epoch=4)
+        ),
+        lambda n: 0.1 + 0.025 * n if n < 4 else 0.2 * 0.1 ** (n // 8),
+    ),
+    (
+        LinearScaling(0.1, 32, 1, batch_size=320, steps_per_epoch=4, then=Poly(2.0, 20)),
+        lambda n: 0.1 + 0.225 * n if n < 4 else (1 - n / 20) ** 2 if n <= 20 else 0,
+    ),
+    (LinearScaling(0.1, 32, 3, batch_size=8, steps_per_epoch=4), lambda n: 0.025),
+    (LinearScaling(0.1, 32, 0, batch_size=96, steps_per_epoch=4), lambda n: 0.3),
 ]
 
 
@@ -67,6 +79,7 @@ def test_in_plain_keras(schedule, formula):
     [schedule for schedule, _ in SCHEDULES]
     + [
         EpochStep(2, 0.1, learning_rate=0.3),
+        LinearScaling(0.1, 16, then=EpochStep(3, 0.5)),
         Plateau("loss", 0.5, 3, "max", 0.01, 2, 1e-5, learning_rate=1.0),
         SequentialSchedule(10, learning_rate=0.1)
         .add(Warmup(0.01), 5)
@@ -128,13 +141,38 @@ def test_epochs_are_bound_when_their_length_is_known():
     schedule = EpochStep(1, 0.5, learning_rate=1.0)
     with pytest.raises(InvalidInputError, match="steps_per_epoch"):
         rate_at(schedule, 0)
-    bound = bind(schedule, 3)
+    bound = bind(schedule, 3, 8)
     assert [rate_at(bound, step) for step in range(7)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25]
     assert schedule.steps_per_epoch is None
-    assert bind(EpochStep(1, 0.5, steps_per_epoch=2), 3).steps_per_epoch == 2
+    assert bind(EpochStep(1, 0.5, steps_per_epoch=2), 3, 8).steps_per_epoch == 2
     sequence = SequentialSchedule(learning_rate=1.0).add(Warmup(1.0), 2).add(schedule, 9)
-    assert [rate_at(bind(sequence, 3), step) for step in (1, 2, 4, 5)] == [2, 1, 1, 0.5]
-    assert bind(0.1, 3) == 0.1
+    assert [rate_at(bind(sequence, 3, 8), step) for step in (1, 2, 4, 5)] == [2, 1, 1, 0.5]
+    assert bind(0.1, 3, 8) == 0.1
+
+
+def test_scaling_is_bound_when_batches_are_known():
+    schedule = LinearScaling(0.1, 16, warmup_epochs=2, then=EpochStep(3, 0.5))
+    with pytest.raises(InvalidInputError, match=r"batch_size=None, .*bind\(steps_per_epoch"):
+        rate_at(schedule, 0)
+    bound = bind(schedule, 2, 64)
+    expected = [0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.2]
+    np.testing.assert_allclose([rate_at(bound, n) for n in range(7)], expected, rtol=1e-6)
+    assert schedule.batch_size is schedule.then.steps_per_epoch is None
+    told = bind(LinearScaling(0.1, 16, batch_size=32, steps_per_epoch=9), 2, 64)
+    assert (told.batch_size, told.steps_per_epoch) == (32, 9)
+
+
+def test_scaling_in_a_sequence():
+    scaling = LinearScaling(0.1, 16, warmup_epochs=2)
+    for parts in (
+        SequentialSchedule().add(scaling, 4).add(Step(2, 0.5), 9),
+        SequentialSchedule(2).add(scaling, 4).add(Step(2, 0.5), 9),
+    ):
+        bound = bind(parts, 2, 64)
+        expected = [0.1, 0.175, 0.25, 0.325, 0.4, 0.4, 0.2]
+        np.testing.assert_allclose([rate_at(bound, n) for n in range(7)], expected, rtol=1e-6)
+    plateau = SequentialSchedule().add(scaling, 4).add(Plateau("loss", 0.5), 9)
+    assert rate_at(bind(plateau, 2, 64), 4, PlateauState(scale=0.5)) == pytest.approx(0.2)
 
 
 def bigdl_plateau(scores, factor, patience, mode, epsilon, cooldown, min_lr, rate):
@@ -225,6 +263,14 @@ def test_numbers_and_functions_are_rates():
         lambda: Plateau("loss", factor=1.0),
         lambda: Plateau("loss", mode="auto"),
         lambda: Step(1, 0.1, learning_rate=-1.0),
+        lambda: LinearScaling(0.1, 0),
+        lambda: LinearScaling(0.1, warmup_epochs=-1),
+        lambda: LinearScaling(0.1, power=2.0),
+        lambda: LinearScaling(0.1, batch_size=0),
+        lambda: LinearScaling(0.1, then=Step(1, 0.1, learning_rate=1.0)),
+        lambda: LinearScaling(0.1, then=keras.optimizers.schedules.CosineDecay(0.1, 50)),
+        lambda: LinearScaling(0.1, then=Plateau("loss")),
+        lambda: LinearScaling(0.1, then=SequentialSchedule().add(Step(1, 0.1), 1)),
         lambda: SequentialSchedule().add(0.1, 3),
         lambda: SequentialSchedule().add(Step(1, 0.1), 0),
         lambda: rate_at(SequentialSchedule(), 0),
@@ -242,7 +288,8 @@ def test_rates_where_eager_mode_is_off():
     script = (
         "import tensorflow as tf, keras\n"
         "tf.compat.v1.disable_v2_behavior()\n"
-        "from tfspark.train.schedules import *\n"
+        "from tfspark.train.rates import rate_at\n"
+        "from tfspark.train.schedules import Step\n"
         "print(rate_at(Step(2, 0.5, learning_rate=1.0), 3),"
         " rate_at(keras.optimizers.schedules.ExponentialDecay(1.0, 1, 0.5), 3))\n"
     )

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from tfspark.errors import InvalidInputError
+from tfspark.errors import require
 
 
 @keras.saving.register_keras_serializable("tfspark")
@@ -58,7 +58,7 @@ class LARS(keras.optimizers.Optimizer):
     Example:
         >>> optimizer = LARS(1.0, momentum=0.0, trust_coefficient=0.1)
         >>> weights = keras.Variable([[3.0, 4.0]])
-        >>> optimizer.apply([ops.array([[0.0, 2.0]])], [weights])  # ratio: 0.1 * 5 / 2
+        >>> optimizer.apply([tf.constant([[0.0, 2.0]])], [weights])  # ratio: 0.1 * 5 / 2
         >>> weights.numpy()
         array([[3. , 3.5]], dtype=float32)
     """
@@ -75,15 +75,15 @@ class LARS(keras.optimizers.Optimizer):
         **kwargs: Any,
     ):
         super().__init__(learning_rate=learning_rate, weight_decay=weight_decay, **kwargs)
-        _require(0 <= momentum < 1, "momentum is at least 0 and below 1", momentum=momentum)
-        _require(not nesterov or momentum > 0, "nesterov needs a momentum", momentum=momentum)
-        _require((weight_decay or 0) >= 0, "weight_decay is at least 0", weight_decay=weight_decay)
-        _require(
+        require(0 <= momentum < 1, "momentum is at least 0 and below 1", momentum=momentum)
+        require(not nesterov or momentum > 0, "nesterov needs a momentum", momentum=momentum)
+        require((weight_decay or 0) >= 0, "weight_decay is at least 0", weight_decay=weight_decay)
+        require(
             trust_coefficient is None or trust_coefficient > 0,
             "trust_coefficient is above 0, or None",
             trust_coefficient=trust_coefficient,
         )
-        _require(epsilon >= 0, "epsilon is at least 0", epsilon=epsilon)
+        require(epsilon >= 0, "epsilon is at least 0", epsilon=epsilon)
         self.momentum = momentum
         self.nesterov = nesterov
         self.trust_coefficient = trust_coefficient
@@ -144,9 +144,3 @@ class LARS(keras.optimizers.Optimizer):
 
 def _norm(tensor: Any) -> Any:
     return ops.sqrt(ops.sum(ops.square(tensor)))
-
-
-def _require(condition: bool, rule: str, **received: Any) -> None:
-    if not condition:
-        values = ", ".join(f"{name}={value!r}" for name, value in received.items())
-        raise InvalidInputError(f"{rule}. Received: {values}.")

@@ -16,8 +16,8 @@ from tfspark.graph.optimizers import (
     learning_rate_of,
     optimizer_from,
 )
-from tfspark.train import schedules
-from tfspark.train.schedules import PlateauState
+from tfspark.train import rates
+from tfspark.train.plateau import PlateauState
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class ParameterGroups:
         """The number of a weight's group."""
         return self._group_of[name]
 
-    def bind(self, steps_per_epoch: int) -> None:
-        """Starts the schedules anew and tells them how long an epoch is."""
+    def bind(self, steps_per_epoch: int, batch_size: int) -> None:
+        """Starts the schedules anew and tells them how long an epoch and how large a batch is."""
         self._states = [PlateauState() for _ in self.groups]
         self._schedules = [
-            schedules.bind(group.learning_rate, steps_per_epoch) for group in self.groups
+            rates.bind(group.learning_rate, steps_per_epoch, batch_size) for group in self.groups
         ]
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """One rate per group, for the step after `step` finished ones."""
         return tuple(
-            schedules.rate_at(schedule, step, state)
+            rates.rate_at(schedule, step, state)
             for schedule, state in zip(self._schedules, self._states, strict=True)
         )
 
@@ -79,7 +79,7 @@ class ParameterGroups:
             InvalidInputError: a `Plateau` monitors a score that is not among them.
         """
         self._states = [
-            schedules.observe(schedule, state, dict(scores), step)
+            rates.observe(schedule, state, dict(scores), step)
             for schedule, state in zip(self._schedules, self._states, strict=True)
         ]
 

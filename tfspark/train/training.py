@@ -98,7 +98,7 @@ class Training:
         self, engine: Engine, run: Run, initial: FromValues | FromCheckpoint
     ) -> TrainingLoop:
         groups = self._recipe.groups
-        groups.bind(run.order.steps_per_epoch)
+        groups.bind(run.order.steps_per_epoch, run.order.batch_size)
         step, loss, scores = 0, None, {}
         if isinstance(initial, FromCheckpoint):
             manifest = initial.manifest
