@@ -296,7 +296,6 @@ class RankProgram:
         if halt:
             return replace(state, halt=halt)
         self.has_stepped = True
-        layout = self.run.layout
         started = time.perf_counter()
         shards, slots = [], []
         for group, update in enumerate(self._updates):
