@@ -214,10 +214,46 @@ def test_schedules_learn_of_batches_and_epochs(sc):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lamb_clipnorm", "lars"])
-def test_all_engines_give_the_same_bits(sc, optimizer):
+@pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])
+def test_a_rounded_wire_rounds_weights_and_gradients_and_nothing_else(sc, engine, wire_dtype):
+    """Written out by hand: the weights that are stepped, and the sum, are of full precision."""
+    sizes, sgd = (13, 7), keras.optimizers.SGD
+    model = compiled("dense", sgd(0.1))
+    weights = model.get_weights()
+
+    def rounded(values):
+        return np.asarray(values).astype(wire_dtype).astype(np.float32)
+
+    order = BatchOrder(sizes, BATCH, SEED, shuffle=True)
+    for batch in rank_batches(order, partitions("dense", sizes), STEPS):
+        model.set_weights([rounded(w) for w in weights])
+        total = [np.zeros_like(w) for w in weights]
+        for x, y in batch:
+            with tf.GradientTape() as tape:
+                loss = len(y) * model.compute_loss(x, y, model(x, training=True))
+            gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+            for t, gradient in zip(total, gradients, strict=True):
+                t += BATCH * rounded(gradient.numpy() / BATCH)
+        rows = sum(len(y) for _, y in batch)
+        weights = [w - np.float32(0.1) * t / rows for w, t in zip(weights, total, strict=True)]
+    found = trained(sc, engine, "dense", sgd(0.1), sizes, wire_dtype=wire_dtype)
+    exact = trained(sc, engine, "dense", sgd(0.1), sizes)
+
+    def distance(others):
+        return sum(np.abs(a - b).sum() for a, b in zip(found, others, strict=True))
+
+    # Where an element lies between two values, the last bits decide to which it is rounded.
+    assert distance(weights) < 0.1 * distance(exact)
+    assert_close(found, exact, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "optimizer, wire_dtype",
+    [("adam", None), ("lamb_clipnorm", None), ("lars", None), ("adam", "bfloat16")],
+)
+def test_all_engines_give_the_same_bits(sc, optimizer, wire_dtype):
     results = [
-        trained(sc, engine, "dense", OPTIMIZERS[optimizer](), (13, 7))
+        trained(sc, engine, "dense", OPTIMIZERS[optimizer](), (13, 7), wire_dtype=wire_dtype)
         for engine in ("local", "shuffle", "gang")
     ]
     for reference, *others in zip(*results, strict=True):

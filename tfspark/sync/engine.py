@@ -23,6 +23,7 @@ from tfspark.data.order import BatchOrder
 from tfspark.graph.clipping import Clipping
 from tfspark.graph.program import Evaluation, Program, UpdateProgram
 from tfspark.graphdef.pure import PureGraph
+from tfspark.sync.compression import Compression, compression
 from tfspark.sync.layout import Layout, StateLayout
 
 
@@ -46,6 +47,8 @@ class Run:
         task_threads: TensorFlow threads of one task.
         digests: of every rank's rows, as they were first materialised; a store that was rebuilt
             with other rows would change the training. Empty: not checked.
+        wire_dtype: what weights and gradients are rounded to on their way between ranks; None:
+            they are not.
     """
 
     run_id: str
@@ -61,11 +64,17 @@ class Run:
     accumulation_steps: int = 1
     task_threads: int = 1
     digests: tuple[str, ...] = ()
+    wire_dtype: str | None = None
 
     @cached_property
     def layout(self) -> Layout:
         """The division of the flat vector among the ranks of this run."""
         return Layout(self.program.weights, self.num_ranks, self.program.dtype)
+
+    @property
+    def compression(self) -> Compression:
+        """How weights and gradients of this run travel."""
+        return compression(self.wire_dtype, self.program.dtype, self.order.batch_size)
 
     @cached_property
     def state_layout(self) -> StateLayout:

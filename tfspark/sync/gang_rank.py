@@ -89,7 +89,7 @@ class GangRank:
         # With one group, the padded shards one after the other are the flat vector: they are
         # received into their place.
         self._whole = (
-            aligned_empty(layout.num_ranks * layout.shard_size, layout.dtype)
+            aligned_empty(layout.num_ranks * layout.shard_size, program.run.compression.dtype)
             if layout.num_groups == 1
             else None
         )
@@ -148,7 +148,7 @@ class GangRank:
 
     def _gather_shards(self, state: RankState) -> list[Message]:
         """The "shard" messages of all ranks, by rank."""
-        own = shard_message(state)
+        own = shard_message(state, self._program.run)
         whole, size = self._whole, self._program.run.layout.shard_size
         if whole is None:
             return self._all_to_all(own, "weights", state.step)
@@ -156,13 +156,16 @@ class GangRank:
         def place(source: int, kind: str, name: str, *_: object) -> np.ndarray | None:
             return whole[source * size : (source + 1) * size] if name == "shard" else None
 
-        whole[state.rank * size : (state.rank + 1) * size] = state.shard
+        whole[state.rank * size : (state.rank + 1) * size] = own.arrays["shard"]
         return self._all_to_all(own, "weights", state.step, place)
 
     def _replica(self, shards: list[Message]) -> Replica:
         if self._whole is None:
             return self._program.replica(shards)
-        return self._program.replica(shards, self._whole[: self._program.run.layout.size])
+        run = self._program.run
+        return self._program.replica(
+            shards, run.compression.restored(self._whole[: run.layout.size])
+        )
 
     def _reduce_scatter(self, contribution: Contribution, step: int) -> list[Message]:
         """The "gradient" messages of all ranks for this rank's slice, by rank."""

@@ -115,7 +115,7 @@ class LocalEngine(Engine):
         mapping: PureGraph | None,
         batch_rows: int,
     ) -> list[np.ndarray]:
-        replica = self._replica(commit)
+        replica = self._replica(commit, exact=True)
         parts = [
             self._program.evaluate(
                 evaluation, replica, evaluation_batches(handle, batch_rows, mapping)
@@ -139,8 +139,9 @@ class LocalEngine(Engine):
         assert self._run is not None, "start() comes first"
         return rank_program(self._run)
 
-    def _replica(self, states: Sequence[RankState]) -> Replica:
-        return self._program.replica([shard_message(state) for state in states])
+    def _replica(self, states: Sequence[RankState], *, exact: bool = False) -> Replica:
+        messages = [shard_message(state) for state in states]
+        return self._program.replica(messages, exact=exact)
 
 
 def sum_in_rank_order(parts: Sequence[np.ndarray]) -> np.ndarray:

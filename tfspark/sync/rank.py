@@ -104,16 +104,22 @@ class RankProgram:
         ]
         self.has_stepped = False  # or the next step has to compile
 
-    def replica(self, messages: Sequence[Message], flat: np.ndarray | None = None) -> Replica:
+    def replica(
+        self, messages: Sequence[Message], flat: np.ndarray | None = None, *, exact: bool = False
+    ) -> Replica:
         """Weights and model state from the "shard" messages of all ranks.
 
         Args:
             messages: by rank.
             flat: the weights `[P]`, where they have been joined already.
+            exact: do not round what came in full precision, such as what stayed here.
         """
         run = self.run
         if flat is None:
-            flat = run.layout.join([message.arrays["shard"] for message in messages])
+            shards = [message.arrays["shard"] for message in messages]
+            if not exact:
+                shards = [self._as_sent(shard) for shard in shards]
+            flat = run.layout.join(shards)
         vector = np.concatenate([message.arrays["mean"] for message in messages])
         count = len(run.state_layout.first)
         first = [messages[0].arrays[f"first{i}"] for i in range(count)]
@@ -121,6 +127,11 @@ class RankProgram:
             flat=flat,
             state=run.state_layout.assemble(run.state, vector, first),
         )
+
+    def _as_sent(self, shard: np.ndarray) -> np.ndarray:
+        compression = self.run.compression
+        sent = shard if shard.dtype == compression.dtype else compression.weights(shard)
+        return compression.restored(sent)
 
     def contribute(
         self,
@@ -219,7 +230,7 @@ class RankProgram:
         The order of the sum is the order of the ranks: that makes a run repeatable bit for bit.
         """
         layout, state_layout = self.run.layout, self.run.state_layout
-        gradients = []
+        compression, gradients = self.run.compression, []
         mean = np.zeros(state_layout.slice_size, np.float64)
         rows, loss_sum, first, halt = 0, 0.0, [], None
         seconds: dict[str, float] = {}
@@ -231,11 +242,13 @@ class RankProgram:
             for phase, value in meta["seconds"].items():
                 seconds[phase] = max(seconds.get(phase, 0.0), value)
             if "gradient" in message.arrays:
-                gradients.append(message.arrays["gradient"])
+                gradients.append(compression.restored(message.arrays["gradient"]))
                 mean += message.arrays["mean"]
             if "first0" in message.arrays:
                 first = [message.arrays[f"first{i}"] for i in range(len(state_layout.first))]
         gradient = rank_ordered_sum(gradients, layout.shard_size, layout.dtype)
+        if compression.gradient_scale != 1.0:
+            gradient *= compression.gradient_scale
         return Reduced(rows, loss_sum, gradient, mean / max(rows, 1), first, halt, seconds)
 
     def tensor_sums(
@@ -408,13 +421,19 @@ def _batch_errors(**where: int) -> Iterator[None]:
         ) from error
 
 
-def shard_message(state: RankState) -> Message:
-    """What a rank tells every rank before the next gradient: its shard and model state."""
+def shard_message(state: RankState, run: Run | None = None) -> Message:
+    """What a rank tells every rank before the next gradient: its shard and model state.
+
+    Args:
+        state: of the rank.
+        run: says how weights are rounded on their way; None: not at all.
+    """
+    shard = state.shard if run is None else run.compression.weights(state.shard)
     return Message(
         "shard",
         state.rank,
         {"step": state.step, "halt": _halt_meta(state.halt)},
-        {"shard": state.shard, "mean": state.mean, **_numbered("first", state.first)},
+        {"shard": shard, "mean": state.mean, **_numbered("first", state.first)},
     )
 
 
@@ -422,7 +441,9 @@ def gradient_message(run: Run, contribution: Contribution, owner: int) -> Messag
     """What a rank tells the owner of a slice: its part of the sums."""
     arrays: dict[str, np.ndarray] = _numbered("first", contribution.first)
     if contribution.gradient is not None and contribution.mean is not None:
-        arrays["gradient"] = run.layout.shard(contribution.gradient, owner)
+        arrays["gradient"] = run.compression.gradient(
+            run.layout.shard(contribution.gradient, owner)
+        )
         arrays["mean"] = run.state_layout.slice_of(contribution.mean, owner)
     return Message(
         "gradient",

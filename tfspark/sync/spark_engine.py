@@ -272,7 +272,7 @@ class _Evaluate:
             program = program_of(self.run.value)
             accumulators = program.evaluate(
                 evaluation,
-                program.replica(messages),
+                program.replica(messages, exact=True),
                 evaluation_batches(handle, self.batch_rows, mapping),
             )
         yield pickle.dumps(accumulators)

@@ -34,7 +34,8 @@ class TFOptimizer:
 
     Every constructor takes these keywords:
 
-    * `engine`: `"auto"` (default), `"shuffle"` (Spark stages), or `"local"` (this process).
+    * `engine`: `"auto"` (default), `"gang"` (all ranks at once, swapping slices over sockets),
+      `"shuffle"` (Spark stages), or `"local"` (this process).
     * `num_ranks`: tasks that train side by side; default: the slots of the application.
     * `accumulation_steps`: each rank computes its rows of a batch in so many parts, one after the
       other; the result is the same and needs less memory.
@@ -44,6 +45,9 @@ class TFOptimizer:
       there, and a rerun with the same folder goes on from the newest whole one.
     * `retention`: which checkpoints stay; `Retention(keep_last=5)`.
     * `progress`: False hides the progress bar.
+    * `wire_dtype`: `"bfloat16"` or `"float16"` halves the bytes that travel between ranks: weights
+      and gradients are rounded on their way; sums and the weights that an optimizer steps stay in
+      full precision. Worth it where the network is the bottleneck; on one host it is not.
 
     Attributes:
         train_summary, val_summary: as set, or None.

@@ -14,6 +14,7 @@ from tfspark.graph.assembly import BoundProgram
 from tfspark.graph.clipping import Clipping
 from tfspark.graph.program import Evaluation, UpdateProgram
 from tfspark.graph.update import update_program
+from tfspark.sync.compression import WIRE_DTYPES
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.frontends import FrontEnd, Metrics
 from tfspark.train.groups import ParameterGroups, parameter_groups
@@ -34,6 +35,8 @@ class Settings:
         model_dir: where checkpoints go, and where a rerun goes on from; None: nowhere.
         retention: which checkpoints stay.
         progress: whether to show progress.
+        wire_dtype: what weights and gradients are rounded to on their way between ranks:
+            "bfloat16" or "float16"; None: they are not.
     """
 
     engine: str = "auto"
@@ -44,6 +47,7 @@ class Settings:
     model_dir: str | None = None
     retention: Retention = field(default_factory=Retention)
     progress: bool = True
+    wire_dtype: str | None = None
 
     @classmethod
     def of(cls, **settings: Any) -> Settings:
@@ -70,6 +74,11 @@ class Settings:
                 raise InvalidInputError(
                     f"{name} is a whole number of at least 1. Received: {value!r}."
                 )
+        if self.wire_dtype not in (None, *WIRE_DTYPES):
+            raise InvalidInputError(
+                f"wire_dtype is None or one of {', '.join(map(repr, WIRE_DTYPES))}. Received: "
+                f"{self.wire_dtype!r}."
+            )
         # The one place that knows what a valid clipping is.
         Clipping(value=self.clip_value, global_norm=self.clip_norm)
 

@@ -177,6 +177,7 @@ def _run(
         accumulation_steps=settings.accumulation_steps,
         task_threads=threads,
         digests=tuple(handle.digest for handle in train_set.handles),
+        wire_dtype=settings.wire_dtype,
     )
 
 
