@@ -54,5 +54,5 @@ def test_large_batches_stay_in_the_range_of_float16():
 
 
 def test_other_types_are_refused():
-    with pytest.raises(InvalidInputError, match="'bfloat16', 'float16'. Received: 'int8'"):
+    with pytest.raises(InvalidInputError, match=r"'bfloat16', 'float16'\. Received: 'int8'"):
         Settings(wire_dtype="int8")
