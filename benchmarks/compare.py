@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -79,6 +80,7 @@ class Side:
 
 
 LEGACY_KERAS = {"TF_USE_LEGACY_KERAS": "1"}
+ONE_THREAD = {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1", "OMP_NUM_THREADS": "1"}
 SIDES = {
     side.name: side
     for side in (
@@ -87,6 +89,29 @@ SIDES = {
         Side("tfspark-gang", "tfspark_gang.py"),
         Side("tfspark-shuffle", "tfspark_shuffle.py"),
         Side("multiworker", "multiworker.py", "multiworker", variables=LEGACY_KERAS),
+        Side("elephas", "elephas_side.py", "elephas", variables=ONE_THREAD),
+        Side(
+            "tensorflowonspark",
+            "tensorflowonspark_side.py",
+            "tensorflowonspark",
+            variables={**LEGACY_KERAS, **ONE_THREAD},
+        ),
+        Side(
+            "spark-tensorflow-distributor",
+            "spark_tensorflow_distributor_side.py",
+            "spark-tensorflow-distributor",
+            variables={**LEGACY_KERAS, **ONE_THREAD},
+        ),
+        Side("horovod", "horovod_side.py", "horovod", variables=ONE_THREAD),
+        Side("bigdl", "bigdl_side.py", "bigdl", variables=ONE_THREAD),
+        Side(
+            "torch-distributor",
+            "torch_distributor_side.py",
+            "torch",
+            workloads=("lenet", "dense"),
+            why_not="not written for PyTorch",
+            variables=ONE_THREAD,
+        ),
     )
 }
 
@@ -244,7 +269,7 @@ def main() -> None:
             bench = Bench(options, results)
             # Repeats outside, so that a drift of the machine meets all alike.
             for repeat in range(options.repeats):
-                for workload, batch in sum(cells_wanted, []):
+                for workload, batch in itertools.chain(*cells_wanted):
                     bench.cell(workload, batch, repeat)
     finally:
         for (workload, batch), units in cells(results.units).items():

@@ -6,6 +6,11 @@ import tensorflow_steps
 import tf_keras
 
 
+def cluster_of(resolver):
+    """The jobs of the cluster."""
+    return resolver.cluster_spec().jobs
+
+
 def train(options, strategy=None):
     """Measures together with the other workers, and leaves this worker's part of the answer.
 
@@ -16,7 +21,9 @@ def train(options, strategy=None):
     if strategy is None:
         tensorflow_steps.limit_threads(tf, 1)
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    rank = strategy.cluster_resolver.task_id
+    resolver = strategy.cluster_resolver
+    # A chief comes before the workers.
+    rank = resolver.task_id + (resolver.task_type == "worker" and "chief" in cluster_of(resolver))
     with strategy.scope():
         model, optimizer, loss = tensorflow_steps.make(tf, tf_keras, options)
     one = tensorflow_steps.gradient_step(tf, options, model, optimizer, loss)

@@ -14,7 +14,7 @@ def free_addresses(count):
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
-    addresses = ["127.0.0.1:%d" % one.getsockname()[1] for one in sockets]
+    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
     for one in sockets:
         one.close()
     return addresses

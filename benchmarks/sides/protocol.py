@@ -70,13 +70,15 @@ def cut_batches(workload, batch, seed=0):
     return [f.reshape(shape + f.shape[1:]) for f in features], labels.reshape(shape)
 
 
-def measure(options, run, agree=None, watch=None):
+def measure(options, run, agree=None, watch=None, fill=None):
     """Takes the first step, warms up, then times blocks.
 
     Args:
         run: `run(steps)` takes so many steps and returns the seconds that they took.
         agree: where several workers call this, turns the seconds of each into one figure for all,
             so that all take as many steps. A step must be synchronous anyway.
+        fill: `fill(options, run, agree)` finds how many steps make a block; default:
+            `steps_of_a_block`.
         watch: `watch(steps)` is called after the blocks with the steps that were timed.
 
     Returns:
@@ -88,13 +90,7 @@ def measure(options, run, agree=None, watch=None):
     run(1)
     first = time.time() - options.started
     run(WARM_STEPS)
-    count, took = WARM_STEPS, 0.0
-    while True:
-        took = agree(run(count))
-        if took >= options.seconds / 4:
-            break
-        count *= 2
-    count = max(2, int(round(options.seconds * count / took)))
+    count = (fill or steps_of_a_block)(options, run, agree)
     before = loopback_bytes()
     rates = [options.batch * count / run(count) for _ in range(options.blocks)]
     after = loopback_bytes()
@@ -109,6 +105,16 @@ def measure(options, run, agree=None, watch=None):
     if watch is not None:
         found.update(watch(steps))
     return found
+
+
+def steps_of_a_block(options, run, agree):
+    """How many steps take `options.seconds`, tried out."""
+    count = WARM_STEPS
+    while True:
+        took = agree(run(count))
+        if took >= options.seconds / 4:
+            return max(2, round(options.seconds * count / took))
+        count *= 2
 
 
 def timed(act):
@@ -154,7 +160,7 @@ def leave(options, rank, measured, weights, versions):
         "versions": versions,
         "pid": os.getpid(),
     }
-    path = os.path.join(options.scratch, "worker-%d.json" % rank)
+    path = os.path.join(options.scratch, f"worker-{rank}.json")
     with open(path + ".part", "w") as file:
         json.dump(left, file)
     os.rename(path + ".part", path)
@@ -167,7 +173,7 @@ def answer_of_workers(options, **more):
         with open(path) as file:
             left.append(json.load(file))
     if len(left) != options.workers:
-        raise SystemExit("%d of %d workers have measured." % (len(left), options.workers))
+        raise SystemExit(f"{len(left)} of {options.workers} workers have measured.")
     answer(
         left[0]["measured"],
         equality([found["fingerprint"] for found in left]),
