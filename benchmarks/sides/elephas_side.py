@@ -13,7 +13,6 @@ import pyspark
 import tensorflow as tf
 import tensorflow_steps
 
-
 # Of an epoch, whatever comes out: rows are Python objects in a list.
 MOST_ROWS = 100000
 
