@@ -1,6 +1,8 @@
 # Both everyday commands do their own set-up from a fresh clone:
 #   make quickstart   train LeNet on real digits, on Spark inside this machine
 #   make test         lint, types and every test
+# and so does
+#   make benchmark    speed against plain TensorFlow and others, an hour with their installation
 # A Python other than python3: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ SPARK35 := .venv-spark35
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: quickstart test lint format spark35 clean machine
+.PHONY: quickstart test lint format spark35 benchmark clean machine
 
 quickstart: $(READY)
 	$(BIN)/python examples/lenet.py
@@ -35,6 +37,11 @@ spark35: $(READY)
 	    $(BIN)/python -m pip install --quiet --target $(SPARK35) 'pyspark>=3.5,<3.6' && \
 	    touch $(SPARK35)/.ready; } || echo 'Spark 3.5 could not be installed.' >&2
 
+# Against plain TensorFlow and other trainers on Spark, each in an environment that is made on the
+# way; wants a machine that does nothing else. To go on where it was stopped: OPTIONS=--resume
+benchmark: $(READY)
+	$(BIN)/python benchmarks/compare.py $(OPTIONS)
+
 # Order-only: the machine is looked at each time, but only changed requirements install anew.
 $(READY): setup.py requirements.txt | machine
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,4 +54,4 @@ machine:
 	@: $(if $(PROBLEM),$(error $(PROBLEM)))
 
 clean:
-	rm -rf $(VENV) $(SPARK35) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SPARK35) benchmarks/.venvs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ from typing import Any
 LIMIT = "tf.function"
 PHASES = ("data", "gradient", "update", "exchange")
 _OWN = "tfspark"
+_NAMES_ERROR = re.compile(r"[\w.]*(Error|Exception)\b|Ended after")
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,7 @@ def _shares(phases: Sequence[Mapping[str, float]]) -> dict[str, float] | None:
 def _word(error: str) -> str:
     """The line of an output that names the error, or its last, short enough for a table."""
     lines = error.strip().splitlines() or ["no word"]
-    named = [
-        line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b|Ended after", line)
-    ]
+    named = [line for line in lines if _NAMES_ERROR.match(line)]
     return (named or lines)[-1].strip()[:120].replace("|", "/")
 
 

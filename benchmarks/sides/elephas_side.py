@@ -4,6 +4,7 @@ It averages once an epoch and starts its optimizers anew, so a block is one epoc
 """
 
 import os
+import sys
 
 import elephas.spark_model
 import keras
@@ -33,16 +34,15 @@ def steps_of_an_epoch(options, run, agree):
 
 
 def rows_of(options, steps):
-    """So many steps' rows as elephas takes them: inputs of a model side by side."""
-    features, labels = protocol.workload_of(options).rows(steps * options.batch)
-    features = features[0] if len(features) == 1 else np.hstack(features)
+    """So many steps' rows, for models with one input: elephas fails with more."""
+    (features,), labels = protocol.workload_of(options).rows(steps * options.batch)
     return zip(features, labels)
 
 
 def main():
     """Measures and answers."""
     options = protocol.options_of(__doc__)
-    os.environ["PYSPARK_PYTHON"] = os.sys.executable
+    os.environ["PYSPARK_PYTHON"] = sys.executable
     conf = pyspark.SparkConf().set("spark.driver.memory", "4g").set("spark.ui.enabled", "false")
     context = pyspark.SparkContext(f"local[{options.workers}]", "elephas", conf=conf)
     model, optimizer, _ = tensorflow_steps.make(tf, keras, options)
