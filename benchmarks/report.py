@@ -198,7 +198,7 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
     figure, grid = plt.subplots(
         lines,
         columns,
-        figsize=(4.6 * columns, (0.26 * most + 1.0) * lines + 0.5),
+        figsize=(1.6 + 3.2 * columns, (0.26 * most + 0.9) * lines + 0.5),
         layout="constrained",
         squeeze=False,
         sharex=True,
@@ -207,6 +207,9 @@ def plot(content: Mapping[str, Any], path: Path) -> None:
         axis.set_visible(False)
     for axis, ((workload, batch), panel) in zip(grid.flat, found.items(), strict=False):
         _panel(axis, f"{workload}, batch {batch}", panel)
+    if len({tuple(row.side for row in panel) for panel in found.values()}) == 1:
+        for axis in grid[:, 1:].flat:
+            axis.tick_params("y", labelleft=False)
     figure.suptitle("Rows per second, as a part of plain TensorFlow's (dashed) in the same minutes")
     figure.savefig(path, dpi=140)
     plt.close(figure)
@@ -228,10 +231,12 @@ def _panel(axis: Any, title: str, panel: Sequence[Row]) -> None:
             error_kw={"elinewidth": 0.8, "ecolor": "black"},
         )
         text = f"{row.ratio:.2f}" if counts else f"{row.ratio:.2f}, not one model"
-        axis.text(high + 0.015, place, text, va="center", fontsize=7)
+        # White, so that the line of the limit does not cross figures.
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.text(high + 0.02, place, text, va="center", fontsize=7, bbox=box)
     axis.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(panel)), [row.side for row in panel], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(panel) - 0.5, -0.5)
     axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params("x", labelsize=8, labelbottom=True)
