@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,8 @@ def main() -> None:
     ]
     results = Results(options.out, machine(options), options.resume or options.plot_only)
     started = time.monotonic()
+    # So that the sides end with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
     try:
         if not options.plot_only:
             bench = Bench(options, results)

@@ -14,8 +14,8 @@ import pyspark
 import tensorflow as tf
 import tensorflow_steps
 
-# Of an epoch, whatever comes out: rows are Python objects in a list.
-MOST_ROWS = 100000
+# Of an epoch, however short its training is then: rows are Python objects in a list.
+MOST_ROWS, MOST_BYTES = 100000, 2**29
 
 
 def steps_of_an_epoch(options, run, agree):
@@ -24,8 +24,10 @@ def steps_of_an_epoch(options, run, agree):
     Each epoch begins with building the model and moving all weights; this doubles the epoch until
     one more doubling takes half as long again, and is as long as a block at least.
     """
+    (row,), _ = protocol.workload_of(options).rows(1)
+    most = min(MOST_ROWS, MOST_BYTES // row.nbytes)
     count, took = protocol.WARM_STEPS, run(protocol.WARM_STEPS)
-    while 2 * count * options.batch <= MOST_ROWS:
+    while 2 * count * options.batch <= most:
         count, former = 2 * count, took
         took = agree(run(count))
         if took >= max(options.seconds, 1.5 * former):
