@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a block (3)")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of a unit (3)")
     parser.add_argument("--workers", type=int, default=2, help="workers, of one thread (2)")
-    parser.add_argument("--time-limit", type=float, default=240.0, help="seconds of a side (240)")
+    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds of a side (300)")
     parser.add_argument("--quick", action="store_true", help="LeNet at batch 128 and 512 only")
     parser.add_argument("--resume", action="store_true", help="keep what the folder has")
     parser.add_argument("--plot-only", action="store_true", help="from the folder's JSON")

@@ -17,7 +17,7 @@ from typing import Any
 LIMIT = "tf.function"
 PHASES = ("data", "gradient", "update", "exchange")
 _OWN = "tfspark"
-_NAMES_ERROR = re.compile(r"[\w.]*(Error|Exception)\b|Ended after")
+_NAMES_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ def _word(error: str) -> str:
     """The line of an output that names the error, or its last, short enough for a table."""
     lines = error.strip().splitlines() or ["no word"]
     named = [line for line in lines if _NAMES_ERROR.match(line)]
-    return (named or lines)[-1].strip()[:120].replace("|", "/")
+    # What comes up while processes are ended is not the reason.
+    last = lines[0] if lines[0].startswith("Ended after") else (named or lines)[-1]
+    return last.strip()[:120].replace("|", "/")
 
 
 def table(found: Sequence[Row]) -> str:

@@ -95,6 +95,10 @@ class TestReport:
         text = table(rows([failed("bigdl", "x\nValueError: a | b\nStopping")]))
         assert "| bigdl | ValueError: a / b |" in text
 
+    def test_what_ran_too_long_says_so(self):
+        text = table(rows([failed("bigdl", "Ended after 5 s.\nException: while it ended")]))
+        assert "| bigdl | Ended after 5 s. |" in text
+
     def test_what_trained_several_models_does_not_count(self):
         text = table(rows([unit("loner", 30, 10, 10, equal="no")]))
         assert "| (3.00) |" in text and "| 3.00 |" not in text
