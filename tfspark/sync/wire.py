@@ -61,6 +61,7 @@ def exchange(
     keyed = _python_rdd(rdd, _Keyed(function))
     pairs = jvm.pairwise_rdd(keyed).asJavaPairRDD()
     partitioned = pairs.partitionBy(jvm.partitioner(num_ranks, id(exchange)))
+    partitioned.rdd().setSerializer(jvm.serializer)
     return RDD(jvm.python_rdd.valueOfPair(partitioned), rdd.context, NoOpSerializer())
 
 
@@ -103,6 +104,7 @@ class _Bridge:
     python_rdd: Any
     pairwise_rdd: Any
     partitioner: Any
+    serializer: Any
     environment: Any
     includes: Any
 
@@ -127,6 +129,9 @@ def _bridge(context: SparkContext) -> _Bridge:
             jvm.PythonRDD,
             jvm.PairwiseRDD,
             jvm.PythonPartitioner,
+            # For byte arrays Spark chooses Kryo, and every task makes some of it anew, each with
+            # hundreds of registrations: two fifths of what an empty stage costs an executor.
+            jvm.org.apache.spark.serializer.JavaSerializer(context._jsc.sc().conf()),
             environment,
             includes,
             list(context._python_includes or ()),
