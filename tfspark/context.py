@@ -109,7 +109,7 @@ def init_nncontext(
     if active is not None:
         _warn_of_ignored(requested, active)
     context = active or _start(requested)
-    if check_executors and not _in_process(context) and context not in _checked:
+    if check_executors and not in_process(context) and context not in _checked:
         try:
             _check_executors(context)
         except ClusterError:
@@ -140,7 +140,7 @@ def slots(context: SparkContext) -> int:
     registered = _registered_slots(context)
     if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
         return max(registered, expected)
-    if not _in_process(context):
+    if not in_process(context):
         registered = _await_slots(lambda: _registered_slots(context), expected)
     if registered < 1:
         raise ClusterError(
@@ -521,7 +521,7 @@ def _worker_failure(text: str) -> str:
 # Slots
 
 
-def _in_process(context: SparkContext) -> bool:
+def in_process(context: SparkContext) -> bool:
     """Whether the driver is the only executor: `local`, `local[n]`, not `local-cluster`."""
     return re.match(r"local(\[|$)", str(context.master)) is not None
 

@@ -1,11 +1,16 @@
 """The engine `shuffle` where only its inside shows it; what all engines do is in `contract`."""
 
+import os
+from contextlib import contextmanager
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
 from keras_models import MODELS
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer
+from tfspark.sync.carriers import FileCarrier, through_files, through_spark
 from tfspark.sync.engine import RoundPlan
 
 
@@ -45,3 +50,47 @@ def test_a_round_that_fails_leaves_the_former_commit(sc, loop):
     result = loop.engine.round(loop.commit, RoundPlan(2, ((0.1,),)))
     assert [record.step for record in result.records] == [3]
     assert np.isfinite(result.records[0].loss)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clipnorm": 0.05}], ids=["plain", "norms"])
+def test_files_carry_the_same_bits_as_spark(sc, tmp_path, clip):
+    model, loss = MODELS["dense"][0]()
+    training = TFOptimizer.from_keras(
+        model, TFDataset.from_ndarrays(MODELS["dense"][1](20, 0), batch_size=4), loss=loss,
+        optimizer=keras.optimizers.Adam(0.01, **clip), engine="shuffle", num_ranks=2,
+        progress=False,
+    )  # fmt: skip
+    training.optimize(MaxIteration(2))
+    engine, commit = training._training.loop.engine, training._training.loop.commit
+    left = []
+
+    def bits_of(run, state):
+        slots = [slot for group in state.slots for slot in group]
+        return [array.tobytes() for array in (state.shard, state.mean, *slots)]
+
+    @contextmanager
+    def files():
+        with through_files(str(tmp_path)) as carrier:
+            yield FileCarrier(carrier.folder, least_bytes=0)
+            left.extend(os.listdir(carrier.folder))
+
+    bits = []
+    for carriers in (through_spark, files):
+        engine._carriers = carriers
+        # The commit stays good until the next round says which one the caller has.
+        result = engine.round(commit, RoundPlan(2, ((0.01,),) * 5))
+        states = engine.map_states(result.commit, bits_of)
+        bits.append((states, [record.loss for record in result.records]))
+    assert bits[0] == bits[1]
+    # Files of steps that all ranks have finished are gone, and at the end all of them.
+    assert sorted(left) == ["5-0", "5-1", "6-0", "6-1"]
+    assert list(tmp_path.iterdir()) == []
+    training.close()
+
+
+def test_on_one_host_large_messages_are_files(sc, loop):
+    carriers = loop.engine._carriers
+    assert isinstance(carriers, partial) and carriers.func is through_files
+    with carriers() as carrier:
+        assert os.path.isdir(carrier.folder)
+    assert not os.path.exists(carrier.folder)

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from mmap import mmap
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes bfloat16 known to np.dtype)
@@ -41,23 +42,28 @@ class Message:
 
 def encode(message: Message) -> bytes:
     """The bytes of a message; one copy of each array."""
+    return b"".join(chunks(message))
+
+
+def chunks(message: Message) -> list[bytes | memoryview]:
+    """The bytes of a message in pieces; arrays that are contiguous are not copied."""
     entries: list[tuple[str, str, tuple[int, ...]]] = []
-    chunks: list[bytes | memoryview] = []
+    arrays: list[bytes | memoryview] = []
     offset = 0
     for name, array in message.arrays.items():
         array = np.asarray(array, order="C")
         padding = -offset % _ALIGNMENT
-        chunks.append(bytes(padding))
+        arrays.append(bytes(padding))
         # A zero-dimensional view has no buffer of its own kind for halfs: bytes of a flat view do.
-        chunks.append(array.reshape(-1).view(np.uint8).data)
+        arrays.append(array.reshape(-1).view(np.uint8).data)
         entries.append((name, array.dtype.name, array.shape))
         offset += padding + array.nbytes
     header = json.dumps([message.kind, message.source, message.meta, entries]).encode()
     start = _HEADER.size + len(header)
-    return b"".join([_HEADER.pack(MAGIC, len(header)), header, bytes(-start % _ALIGNMENT), *chunks])
+    return [_HEADER.pack(MAGIC, len(header)), header, bytes(-start % _ALIGNMENT), *arrays]
 
 
-def decode(frame: bytes) -> Message:
+def decode(frame: bytes | mmap) -> Message:
     """The message of a frame; its arrays are read-only views of `frame`.
 
     Raises:

@@ -22,15 +22,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pyspark import Broadcast, StorageLevel
+from pyspark import Broadcast, SparkContext, StorageLevel
 from pyspark.rdd import RDD
 
 from tfspark.data.failures import reporting
 from tfspark.sync import wire
+from tfspark.sync.carriers import Carrier, through_spark
 from tfspark.sync.engine import Halt, RankState, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.frames import Message, decode, encode
 from tfspark.sync.local import sum_in_rank_order
@@ -41,7 +43,7 @@ from tfspark.sync.rank import (
     state_to_message,
 )
 from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
-from tfspark.sync.tasks import Scatter, by_source, handle_first, program_of, reader_of, to_all
+from tfspark.sync.tasks import handle_first, program_of, reader_of
 
 
 class ShuffleEngine(SparkEngine):
@@ -49,6 +51,16 @@ class ShuffleEngine(SparkEngine):
 
     name = "shuffle"
     most_steps = 32  # a chained round is one lineage, which Spark plans and schedules as a whole
+
+    def __init__(
+        self,
+        context: SparkContext,
+        handles: RDD,
+        carriers: Callable[[], AbstractContextManager[Carrier]] = through_spark,
+    ):
+        """See `SparkEngine`; `carriers` opens a carrier for each round."""
+        super().__init__(context, handles)
+        self._carriers = carriers
 
     def _round_handles(self, run: Run) -> RDD:
         # One frame per rank that will send to the partition, so that the two sides zip.
@@ -67,24 +79,41 @@ class ShuffleEngine(SparkEngine):
         assert self._run is not None and self._handles is not None, "start() comes first"
         run = self._run.value
         self._release_all_but(commit)
-        received = wire.exchange(commit, Scatter(run.num_ranks), run.num_ranks)
-        for index, rates in enumerate(plan.learning_rates):
-            step = plan.first_step + index
-            pairs = wire.zip_frames(self._handles, received)
-            gradients = wire.exchange(pairs, _Gradient(self._run, step), run.num_ranks)
-            for kind in run.sums:
-                stage = _Sums(self._run, step, rates, kind)
-                gradients = wire.exchange(gradients, stage, run.num_ranks)
-            update = _Update(self._run, step, rates, plan.stop)
-            if index + 1 < plan.num_steps:
-                received = wire.exchange(gradients, _Thenscatter(update), run.num_ranks)
-            else:
-                final = wire.frames(gradients, _Thencommit(update, self._news))
-        try:
-            result, outcome = self._committed(final)
-        finally:
-            wire.clean_shuffles(gradients)
+        with self._carriers() as carrier:
+            scatter = _Scatter(carrier, plan.first_step, run.num_ranks)
+            received = wire.exchange(commit, scatter, run.num_ranks)
+            for index, rates in enumerate(plan.learning_rates):
+                step = plan.first_step + index
+                pairs = wire.zip_frames(self._handles, received)
+                gradient = _Gradient(self._run, step, carrier)
+                gradients = wire.exchange(pairs, gradient, run.num_ranks)
+                for kind in run.sums:
+                    stage = _Sums(self._run, step, carrier, rates, kind)
+                    gradients = wire.exchange(gradients, stage, run.num_ranks)
+                update = _Update(self._run, step, carrier, rates, plan.stop)
+                if index + 1 < plan.num_steps:
+                    received = wire.exchange(gradients, _Thenscatter(update), run.num_ranks)
+                else:
+                    final = wire.frames(gradients, _Thencommit(update, self._news))
+            try:
+                result, outcome = self._committed(final)
+            finally:
+                wire.clean_shuffles(gradients)
         return RoundResult(result, outcome.records, outcome.halt, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    """Before the first stage A: from the commit to every rank."""
+
+    carrier: Carrier
+    step: int
+    num_ranks: int
+
+    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+        (frame,) = frames
+        state = state_from_message(decode(frame)).settled()
+        yield from self.carrier.state_to_all(state, self.step, self.num_ranks)
 
 
 @dataclass(frozen=True)
@@ -93,6 +122,7 @@ class _Gradient:
 
     run: Broadcast
     step: int
+    carrier: Carrier
 
     def __call__(
         self, rank: int, pairs: Iterable[tuple[bytes, bytes]]
@@ -103,15 +133,23 @@ class _Gradient:
             handle, frames = handle_first(pairs)
             reader = reader_of(run, handle)
             reader.prefetch(self.step)  # while the weights arrive
-            messages = by_source(frames)
+            own, messages = None, []
+            for frame in frames:
+                message = self.carrier.unpack(frame)
+                messages.append(message)
+                if message.source == rank:
+                    own = frame
+            assert own is not None
+            messages.sort(key=lambda message: message.source)
             halt = next((m.meta["halt"] for m in messages if m.meta["halt"]), None)
             contribution = Contribution(rank, halt=Halt(**halt) if halt else None)
             if not halt:
                 replica = program.replica(messages)
                 contribution = program.contribute(rank, self.step, replica, reader)
             for owner in range(run.num_ranks):
-                yield owner, encode(gradient_message(run, contribution, owner))
-            yield rank, encode(messages[rank])
+                message = gradient_message(run, contribution, owner)
+                yield owner, self.carrier.pack(message, self.step, owner)
+            yield rank, own
 
 
 @dataclass(frozen=True)
@@ -120,12 +158,13 @@ class _Sums:
 
     run: Broadcast
     step: int
+    carrier: Carrier
     learning_rates: tuple[float, ...]
     kind: str
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         frames = list(frames)
-        parts, sums, own = _receive(frames)
+        parts, sums, own = _receive(self.carrier, frames)
         run = self.run.value
         with reporting(rank=rank, step=self.step + 1, phase=f"{self.kind} sums"):
             program, state = program_of(run), state_from_message(own)
@@ -148,11 +187,12 @@ class _Update:
 
     run: Broadcast
     step: int
+    carrier: Carrier
     learning_rates: tuple[float, ...]
     stop: Callable[[int, float], bool] | None
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> RankState:
-        parts, sums, own = _receive(frames)
+        parts, sums, own = _receive(self.carrier, frames)
         with reporting(rank=rank, step=self.step + 1, phase="update"):
             program = program_of(self.run.value)
             return program.apply(
@@ -169,8 +209,12 @@ class _Thenscatter:
     update: _Update
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-        state = self.update(rank, frames)
-        yield from to_all(state, self.update.run.value.num_ranks)
+        update = self.update
+        state = update(rank, frames)
+        # This step's gradients come from tasks that saw the end of all updates before.
+        update.carrier.forget(rank, update.step - 1)
+        num_ranks = update.run.value.num_ranks
+        yield from update.carrier.state_to_all(state, update.step + 1, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -187,12 +231,12 @@ class _Thencommit:
 
 
 def _receive(
-    frames: Iterable[bytes],
+    carrier: Carrier, frames: Iterable[bytes]
 ) -> tuple[list[Message], dict[str, np.ndarray], Message]:
     """The gradients by rank, the sums over all ranks by kind, and what this rank sent itself."""
     gradients, sums, own = [], [], None
     for frame in frames:
-        message = decode(frame)
+        message = carrier.unpack(frame)
         if message.kind == "gradient":
             gradients.append(message)
         elif message.kind == "sums":

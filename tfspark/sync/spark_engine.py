@@ -100,7 +100,7 @@ class SparkEngine(Engine):
         num_ranks = self._run.value.num_ranks
         partitions = handles.getNumPartitions()
         shared = self._context.broadcast((evaluation, mapping))
-        received = wire.exchange(commit, Scatter(partitions, slots=False), partitions)
+        received = wire.exchange(commit, Scatter(partitions), partitions)
         pairs = wire.zip_frames(handle_frames(handles, num_ranks), received)
         try:
             with self._job():

@@ -15,15 +15,9 @@ from tfspark.data.batches import BatchReader
 from tfspark.data.store import Handle
 from tfspark.errors import TrainingError
 from tfspark.graphdef.loader import configure_threads
-from tfspark.sync.engine import RankState, Run
+from tfspark.sync.engine import Run
 from tfspark.sync.frames import Message, decode, encode
-from tfspark.sync.rank import (
-    RankProgram,
-    rank_program,
-    shard_message,
-    state_from_message,
-    state_to_message,
-)
+from tfspark.sync.rank import RankProgram, rank_program, shard_message, state_from_message
 
 _FROZEN: set[str] = set()  # runs of this worker
 _READERS: dict[tuple[str, Handle], BatchReader] = {}
@@ -78,22 +72,12 @@ def by_source(frames: Iterable[bytes]) -> list[Message]:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A task that sends a rank's part of a commit to every rank."""
+    """A task that sends the shard of a rank's part of a commit to every rank."""
 
     num_targets: int
-    slots: bool = True
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         (frame,) = frames
-        state = state_from_message(decode(frame)).settled()
-        yield from to_all(state, self.num_targets, slots=self.slots)
-
-
-def to_all(
-    state: RankState, num_targets: int, *, slots: bool = True
-) -> Iterator[tuple[int, bytes]]:
-    """The shard to every rank; to the rank itself all that it owns."""
-    shard = encode(shard_message(state))
-    for target in range(num_targets):
-        own = slots and target == state.rank
-        yield target, encode(state_to_message(state)) if own else shard
+        shard = encode(shard_message(state_from_message(decode(frame)).settled()))
+        for target in range(self.num_targets):
+            yield target, shard

@@ -96,6 +96,11 @@ def commit_level(context: SparkContext) -> StorageLevel:
     return StorageLevel.MEMORY_AND_DISK_2 if others >= 2 else StorageLevel.MEMORY_AND_DISK
 
 
+def scratch_folder(context: SparkContext) -> str:
+    """A folder on the driver's host, in Spark's local folder; Spark deletes it when it stops."""
+    return str(context._temp_dir)
+
+
 @dataclass(frozen=True)
 class _Bridge:
     """What PySpark looks up in the JVM, or sends there, for every RDD anew."""

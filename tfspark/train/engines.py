@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 from pyspark import SparkContext
 
-from tfspark.context import slots
+from tfspark.context import in_process, slots
 from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
+from tfspark.sync import wire
+from tfspark.sync.carriers import through_files, through_spark
 from tfspark.sync.engine import Engine
 from tfspark.sync.gang import GangEngine
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.shuffle import ShuffleEngine
-from tfspark.sync.spark_engine import SparkEngine
 
 logger = logging.getLogger("tfspark")
 
@@ -93,5 +95,9 @@ def make_engine(name: str, materialised: Any, context: SparkContext | None) -> E
     if name == "local":
         return LocalEngine(materialised.handles)
     assert context is not None
-    engines: dict[str, type[SparkEngine]] = {"shuffle": ShuffleEngine, "gang": GangEngine}
-    return engines[name](context, materialised.rdd)
+    if name == "gang":
+        return GangEngine(context, materialised.rdd)
+    if in_process(context):
+        carriers = partial(through_files, wire.scratch_folder(context))
+        return ShuffleEngine(context, materialised.rdd, carriers)
+    return ShuffleEngine(context, materialised.rdd, through_spark)

@@ -1,0 +1,98 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from tfspark.errors import TrainingError
+from tfspark.sync.carriers import FileCarrier, FrameCarrier
+from tfspark.sync.engine import RankState, StepRecord
+from tfspark.sync.frames import Message
+from tfspark.sync.rank import state_from_message
+
+
+@pytest.fixture(params=["frames", "files"])
+def carrier(request, tmp_path):
+    return FrameCarrier() if request.param == "frames" else FileCarrier(str(tmp_path))
+
+
+def gradient(source, size):
+    values = np.random.default_rng(source).normal(size=size).astype("float32")
+    return Message("gradient", source, {"rows": 3}, {"gradient": values, "mean": np.ones(2)})
+
+
+@pytest.mark.parametrize("size", [0, 10, 100_000])
+def test_a_message_arrives_as_it_was(carrier, size):
+    sent = gradient(1, size)
+    got = carrier.unpack(carrier.pack(sent, 4, 0))
+    assert (got.kind, got.source, got.meta) == ("gradient", 1, {"rows": 3})
+    assert list(got.arrays) == ["gradient", "mean"]
+    for name, array in got.arrays.items():
+        np.testing.assert_array_equal(array, sent.arrays[name])
+        assert array.dtype == sent.arrays[name].dtype and not array.flags.writeable
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_state_reaches_its_owner_whole_and_all_others_as_a_shard(carrier, size):
+    shard = np.arange(size, dtype="float32")
+    slots = [[shard + 1, np.int64(7)], [shard * 2]]
+    record = StepRecord(5, 0.5, 32, {"gradient": 0.1})
+    state = RankState(1, 5, shard, slots, np.arange(3.0), [np.int32(4)], [record])
+    frames = dict(carrier.state_to_all(state, 5, 3))
+    assert sorted(frames) == [0, 1, 2]
+    for frame in frames.values():
+        message = carrier.unpack(frame)
+        assert message.source == 1 and message.meta["halt"] is None
+        np.testing.assert_array_equal(message.arrays["shard"], shard)
+        np.testing.assert_array_equal(message.arrays["mean"], np.arange(3.0))
+        assert message.arrays["first0"] == 4
+    own = state_from_message(carrier.unpack(frames[1]))
+    assert (own.step, own.records) == (5, [record])
+    for group, expected in zip(own.slots, slots, strict=True):
+        for slot, value in zip(group, expected, strict=True):
+            np.testing.assert_array_equal(slot, value)
+
+
+def test_a_large_message_leaves_its_path_to_spark(tmp_path):
+    carrier = FileCarrier(str(tmp_path))
+    assert len(carrier.pack(gradient(0, 100_000), 0, 1)) < 500
+    assert len(list(tmp_path.rglob("gradient-*"))) == 1
+    carrier.pack(gradient(0, 10), 0, 1)
+    assert len(list(tmp_path.rglob("gradient-*"))) == 1
+
+
+def test_a_task_that_runs_again_leaves_readers_alone(tmp_path):
+    carrier = FileCarrier(str(tmp_path))
+    frame = carrier.pack(gradient(0, 100_000), 0, 1)
+    message = carrier.unpack(frame)
+    assert carrier.pack(gradient(0, 100_000), 0, 1) == frame
+    expected = gradient(0, 100_000).arrays["gradient"]
+    np.testing.assert_array_equal(message.arrays["gradient"], expected)
+    np.testing.assert_array_equal(carrier.unpack(frame).arrays["gradient"], expected)
+
+
+def test_only_one_ranks_messages_of_one_step_are_forgotten(tmp_path):
+    carrier = FileCarrier(str(tmp_path))
+    frames = {
+        (rank, step): carrier.pack(gradient(rank, 100_000), step, 0)
+        for rank in (1, 11)
+        for step in (2, 12)
+    }
+    held = carrier.unpack(frames[1, 2])
+    carrier.forget(1, 2)
+    carrier.forget(1, 2)
+    with pytest.raises(TrainingError, match="no file"):
+        carrier.unpack(frames[1, 2])
+    for key in ((1, 12), (11, 2), (11, 12)):
+        assert carrier.unpack(frames[key]).source == key[0]
+    np.testing.assert_array_equal(held.arrays["gradient"], gradient(1, 100_000).arrays["gradient"])
+
+
+def test_a_task_that_outlives_its_round_leaves_nothing(tmp_path):
+    folder = tmp_path / "round"
+    folder.mkdir()
+    carrier = FileCarrier(str(folder))
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError):
+        carrier.pack(gradient(0, 100_000), 0, 1)
+    assert not os.path.exists(folder)
