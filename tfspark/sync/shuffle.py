@@ -12,6 +12,7 @@ commit ──scatter──► A ──exchange──► B ──exchange──�
   shard to every rank.
 * What a rank owns (shard, optimizer slots) travels along as a frame to itself, so no task needs
   anything but its input: any task may run again, anywhere, and gives the same bits.
+* Where all ranks share a host, large messages are files (`carriers.py`): the shuffle carries paths.
 
 A job takes the steps of one round. Its last stage B is persisted, on two executors where there are
 two, and cut off from its lineage: that is the commit. The shuffle files of the round are deleted
