@@ -1,11 +1,13 @@
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tfspark.errors import TrainingError
 from tfspark.sync.carriers import FileCarrier, FrameCarrier
+from tfspark.sync.compression import compression
 from tfspark.sync.engine import RankState, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.rank import state_from_message
@@ -38,7 +40,8 @@ def test_a_state_reaches_its_owner_whole_and_all_others_as_a_shard(carrier, size
     slots = [[shard + 1, np.int64(7)], [shard * 2]]
     record = StepRecord(5, 0.5, 32, {"gradient": 0.1})
     state = RankState(1, 5, shard, slots, np.arange(3.0), [np.int32(4)], [record])
-    frames = dict(carrier.state_to_all(state, 5, 3))
+    run = SimpleNamespace(num_ranks=3, compression=compression(None, "float32", 8))
+    frames = dict(carrier.state_to_all(run, state, 5))
     assert sorted(frames) == [0, 1, 2]
     for frame in frames.values():
         message = carrier.unpack(frame)

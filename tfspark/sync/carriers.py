@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from tfspark.errors import TrainingError
-from tfspark.sync.engine import RankState
+from tfspark.sync.engine import RankState, Run
 from tfspark.sync.frames import Message, chunks, decode, encode
 from tfspark.sync.rank import shard_message, state_to_message
 
@@ -40,9 +40,7 @@ class Carrier(ABC):
         """The message of a frame; its arrays are read-only."""
 
     @abstractmethod
-    def state_to_all(
-        self, state: RankState, step: int, num_ranks: int
-    ) -> Iterator[tuple[int, bytes]]:
+    def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
         """(rank, frame) for every rank: the shard, and to its owner all that it owns."""
 
     @abstractmethod
@@ -61,12 +59,10 @@ class FrameCarrier(Carrier):
         """See `Carrier`."""
         return decode(frame)
 
-    def state_to_all(
-        self, state: RankState, step: int, num_ranks: int
-    ) -> Iterator[tuple[int, bytes]]:
+    def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
         """See `Carrier`."""
-        shard = encode(shard_message(state))
-        for target in range(num_ranks):
+        shard = encode(shard_message(state, run))
+        for target in range(run.num_ranks):
             yield target, encode(state_to_message(state)) if target == state.rank else shard
 
     def forget(self, rank: int, step: int) -> None:
@@ -117,13 +113,12 @@ class FileCarrier(Carrier):
                 f"ends. Received: no file {path}. Keep other programs from deleting files there."
             ) from None
 
-    def state_to_all(
-        self, state: RankState, step: int, num_ranks: int
-    ) -> Iterator[tuple[int, bytes]]:
+    def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
         """See `Carrier`."""
-        # A state has all that a shard message has, and only what is looked at is read.
+        # A state has all that a shard message has, and only what is looked at is read. Receivers
+        # round the weights of a run that rounds them.
         frame = self.pack(state_to_message(state), step, "all")
-        for target in range(num_ranks):
+        for target in range(run.num_ranks):
             yield target, frame
 
     def forget(self, rank: int, step: int) -> None:

@@ -81,7 +81,7 @@ class ShuffleEngine(SparkEngine):
         run = self._run.value
         self._release_all_but(commit)
         with self._carriers() as carrier:
-            scatter = _Scatter(carrier, plan.first_step, run.num_ranks)
+            scatter = _Scatter(self._run, plan.first_step, carrier)
             received = wire.exchange(commit, scatter, run.num_ranks)
             for index, rates in enumerate(plan.learning_rates):
                 step = plan.first_step + index
@@ -107,14 +107,14 @@ class ShuffleEngine(SparkEngine):
 class _Scatter:
     """Before the first stage A: from the commit to every rank."""
 
-    carrier: Carrier
+    run: Broadcast
     step: int
-    num_ranks: int
+    carrier: Carrier
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         (frame,) = frames
         state = state_from_message(decode(frame)).settled()
-        yield from self.carrier.state_to_all(state, self.step, self.num_ranks)
+        yield from self.carrier.state_to_all(self.run.value, state, self.step)
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,7 @@ class _Thenscatter:
         state = update(rank, frames)
         # This step's gradients come from tasks that saw the end of all updates before.
         update.carrier.forget(rank, update.step - 1)
-        num_ranks = update.run.value.num_ranks
-        yield from update.carrier.state_to_all(state, update.step + 1, num_ranks)
+        yield from update.carrier.state_to_all(update.run.value, state, update.step + 1)
 
 
 @dataclass(frozen=True)

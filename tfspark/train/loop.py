@@ -108,6 +108,9 @@ class TrainingLoop:
     pacing: Pacing = field(default_factory=Pacing)
     scores: Mapping[str, float] = field(default_factory=dict)
     _saved_step: int | None = None
+    # Of the last round; a later `train` need not find out again.
+    _seconds_per_step: float | None = None
+    _fixed_s: float = 0.0
 
     def train(self, end: Trigger, checkpoint: Trigger, validation: Trigger) -> None:
         """Takes steps until `end` fires; `commit` and `progress` follow along.
@@ -118,9 +121,8 @@ class TrainingLoop:
             KeyboardInterrupt: the user interrupted; `commit` is the newest.
             TFSparkError: whatever the engine met; `commit` stays good.
         """
-        seconds_per_step, fixed_s = None, 0.0
         while not end(self.progress):
-            steps = self._next_steps(checkpoint, validation, seconds_per_step, fixed_s)
+            steps = self._next_steps(checkpoint, validation)
             result = self._round(steps, end)
             self._record(result)
             self._advance(result)
@@ -128,8 +130,8 @@ class TrainingLoop:
                 raise _non_finite(result)
             if result.halt and result.halt.kind == "interrupt":
                 raise KeyboardInterrupt
-            fixed_s = result.fixed_s
-            seconds_per_step = (result.seconds - fixed_s) / len(result.records)
+            self._fixed_s = result.fixed_s
+            self._seconds_per_step = (result.seconds - result.fixed_s) / len(result.records)
             if self.validate and validation(self.progress):
                 self._validate()
             if self.store and checkpoint(self.progress):
@@ -154,18 +156,12 @@ class TrainingLoop:
         store.retain(self.retention)
         self._saved_step = self.progress.step
 
-    def _next_steps(
-        self,
-        checkpoint: Trigger,
-        validation: Trigger,
-        seconds_per_step: float | None,
-        fixed_s: float,
-    ) -> int:
+    def _next_steps(self, checkpoint: Trigger, validation: Trigger) -> int:
         # The end trigger need not bound a round: ranks ask it after each step (StopWhen).
         watched = [checkpoint] if self.store else []
         watched += [validation] if self.validate else []
         horizons = [trigger.horizon(self.progress) for trigger in watched]
-        return self.pacing.steps(horizons, seconds_per_step, fixed_s)
+        return self.pacing.steps(horizons, self._seconds_per_step, self._fixed_s)
 
     def _round(self, num_steps: int, end: Trigger) -> RoundResult:
         first = self.progress.step
