@@ -44,6 +44,9 @@ class Run:
         num_ranks: N.
         accumulation_steps: a rank computes its rows of a batch in so many parts, one after the
             other, and sums their gradients before the exchange.
+        average_every: τ of local SGD: steps that a rank takes alone before weights and optimizer
+            slots are averaged over ranks. 1: every step is one of all ranks together. Engines
+            other than `gang` take 1 only.
         task_threads: TensorFlow threads of one task.
         digests: of every rank's rows, as they were first materialised; a store that was rebuilt
             with other rows would change the training. Empty: not checked.
@@ -62,6 +65,7 @@ class Run:
     num_ranks: int
     clip_norm: float | None = None
     accumulation_steps: int = 1
+    average_every: int = 1
     task_threads: int = 1
     digests: tuple[str, ...] = ()
     wire_dtype: str | None = None

@@ -4,7 +4,7 @@
 handles ─┐
          zip ──► N tasks at once, one per rank ──► commit
 commit ──┘        │ meet at the driver's rendezvous, connect to each other
-                  └ step, step, step …              sync/gang_rank.py
+                  └ step, step, step …              sync/gang_rank.py, local_steps.py
 ```
 
 The driver takes part in a round by control messages only: it lets the ranks find each other, hears
@@ -45,6 +45,7 @@ from tfspark.sync.engine import RankState, RoundPlan, RoundResult, Run, StepReco
 from tfspark.sync.frames import decode, encode
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.interrupts import run_interruptibly
+from tfspark.sync.local_steps import LocalRank, patience_with
 from tfspark.sync.member import Member
 from tfspark.sync.rank import state_from_message, state_to_message
 from tfspark.sync.rendezvous import Rendezvous
@@ -75,7 +76,7 @@ class GangEngine(SparkEngine):
         self._host = str(settings.get("spark.driver.host"))
         self._bind_host = str(settings.get("spark.driver.bindAddress", self._host))
         self._ports = port_range(settings.get(PORTS))
-        self._longest_step_s: float | None = None
+        self._longest_alone_s: float | None = None  # between two exchanges
 
     def _round_handles(self, run: Run) -> RDD:
         frames = handle_frames(self._source, copies=1)
@@ -102,10 +103,10 @@ class GangEngine(SparkEngine):
                 tell(StepRecord(**report["record"]))
 
         token = secrets.token_hex(32)
-        num_ranks = self._run.value.num_ranks
+        run = self._run.value
         with Rendezvous(
             self._host,
-            num_ranks,
+            run.num_ranks,
             token=token,
             on_report=hear,
             bind_host=self._bind_host,
@@ -117,7 +118,7 @@ class GangEngine(SparkEngine):
                 meeting.address,
                 token,
                 self._ports,
-                Patience(self._longest_step_s),
+                patience_with(run.average_every, self._longest_alone_s),
                 self._news,
             )
             final = wire.frames(wire.zip_frames(self._handles, commit), task, barrier=True)
@@ -126,12 +127,13 @@ class GangEngine(SparkEngine):
                     lambda: self._committed(final),
                     on_interrupt=meeting.interrupt,
                     cancel=self._cancel,
-                    grace_s=min(_GRACE_S + 2 * (self._longest_step_s or 0.0), _MOST_GRACE_S),
+                    grace_s=min(_GRACE_S + 2 * (self._longest_alone_s or 0.0), _MOST_GRACE_S),
                 )
             except TFSparkError as error:
                 raise self._cause(error, meeting.failures, told) from None
         if outcome.records:
-            self._longest_step_s = max(sum(r.seconds.values()) for r in outcome.records)
+            longest_step_s = max(sum(r.seconds.values()) for r in outcome.records)
+            self._longest_alone_s = run.average_every * longest_step_s
         seconds = time.perf_counter() - started
         in_steps = sum(sum(record.seconds.values()) for record in outcome.records)
         return RoundResult(
@@ -198,7 +200,8 @@ class _Round:
             reader.prefetch(state.step)
             with self._member(rank, run.num_ranks) as member:
                 member.links.share_memory(step=state.step, timeout_s=_MEETING_S)
-                gang = GangRank(program, reader, member.links, self.patience)
+                rank_of = GangRank if run.average_every == 1 else LocalRank
+                gang = rank_of(program, reader, member.links, self.patience)
                 if rank == 0:  # one speaks and listens for all
                     teller = _Teller(member)
                     gang.tell, gang.interrupted = teller.tell, teller.interrupted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -85,22 +86,19 @@ class GangRank:
         self._links = links
         self._patience = patience
         self._compiling = True
-        layout = program.run.layout
+
+    @cached_property
+    def _whole(self) -> np.ndarray | None:
         # With one group, the padded shards one after the other are the flat vector: they are
         # received into their place.
-        self._whole = (
-            aligned_empty(layout.num_ranks * layout.shard_size, program.run.compression.dtype)
-            if layout.num_groups == 1
-            else None
-        )
+        run, layout = self._program.run, self._program.run.layout
+        if layout.num_groups > 1:
+            return None
+        return aligned_empty(layout.num_ranks * layout.shard_size, run.compression.dtype)
 
     def take_steps(self, state: RankState, plan: RoundPlan) -> RankState:
         """The state after the steps of a plan, or after the one that halted."""
-        is_new = not self._program.has_stepped
-        new = all_gather_small(
-            self._links, is_new, phase="start", step=state.step + 1, timeout_s=self._limit_s
-        )
-        self._compiling = any(new)
+        self._begin(state.step)
         for index, rates in enumerate(plan.learning_rates):
             last = index + 1 == plan.num_steps
             started = time.perf_counter()
@@ -120,6 +118,14 @@ class GangRank:
             if self.tell:
                 self.tell(record)
         return state
+
+    def _begin(self, step: int) -> None:
+        """Finds out whether the first steps of any rank take long, because it compiles."""
+        is_new = not self._program.has_stepped
+        new = all_gather_small(
+            self._links, is_new, phase="start", step=step + 1, timeout_s=self._limit_s
+        )
+        self._compiling = any(new)
 
     def _step(
         self, state: RankState, rates: tuple[float, ...], plan: RoundPlan, last: bool

@@ -181,13 +181,14 @@ class RankProgram:
         assert gradient is not None
         done = time.perf_counter()
         leader = next(r for r, count in enumerate(rows_by_rank) if count)
+        hands_on = rank == leader or run.num_ranks == 1  # alone, to itself
         return Contribution(
             rank=rank,
             rows=rows,
             loss_sum=loss_sum,
             gradient=gradient,
             mean=run.state_layout.pack(state) * rows,
-            first=[state[i] for i in run.state_layout.first] if rank == leader else [],
+            first=[state[i] for i in run.state_layout.first] if hands_on else [],
             halt=_finite(rank, step, loss_sum, gradient),
             seconds={"data": read - started, "gradient": done - read},
         )

@@ -24,7 +24,9 @@ ENGINES = ("local", "shuffle", "gang")
 SETTING = "spark.tfspark.engine"
 
 
-def choose_engine(requested: str, context: SparkContext | None, num_ranks: int) -> str:
+def choose_engine(
+    requested: str, context: SparkContext | None, num_ranks: int, average_every: int = 1
+) -> str:
     """The engine to use; says in one log line which one `"auto"` took and why.
 
     Args:
@@ -32,6 +34,7 @@ def choose_engine(requested: str, context: SparkContext | None, num_ranks: int) 
             `spark.tfspark.engine` where there is one.
         context: the active SparkContext, or None.
         num_ranks: N.
+        average_every: steps between two averages of local SGD; more than 1 needs `gang`.
 
     Raises:
         InvalidInputError: there is no such engine, or it needs what is not there.
@@ -41,6 +44,8 @@ def choose_engine(requested: str, context: SparkContext | None, num_ranks: int) 
         requested, source = context.getConf().get(SETTING, "auto"), f"{SETTING}="
     if requested == "auto":
         chosen, reason = _best(context, num_ranks)
+        if chosen != "gang" and average_every > 1:
+            raise _no_local_steps(average_every, f"engine='auto', which is {chosen!r}: {reason}")
         logger.info("Engine %r, because %s.", chosen, reason)
         return chosen
     if requested not in ENGINES:
@@ -48,6 +53,8 @@ def choose_engine(requested: str, context: SparkContext | None, num_ranks: int) 
             f"An engine is 'auto' or one of {', '.join(map(repr, ENGINES))}. "
             f"Received: {source}{requested!r}."
         )
+    if requested != "gang" and average_every > 1:
+        raise _no_local_steps(average_every, f"{source}{requested!r}")
     if requested != "local" and context is None:
         raise InvalidInputError(
             f"The engine {requested!r} runs in Spark. Received: no active SparkContext. "
@@ -60,6 +67,14 @@ def choose_engine(requested: str, context: SparkContext | None, num_ranks: int) 
             "Use engine='shuffle', which has no such needs."
         )
     return requested
+
+
+def _no_local_steps(average_every: int, engine: str) -> InvalidInputError:
+    return InvalidInputError(
+        "Only ranks of the engine 'gang' have weights of their own, which can be averaged every "
+        f"few steps. Received: average_every={average_every} with {engine}. Use engine='gang' on "
+        "Spark with a slot for every rank, or average_every=1."
+    )
 
 
 def _best(context: SparkContext | None, num_ranks: int) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from tfspark.errors import NonFiniteError, PeerLostError, StoreLostError, Worker
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.pacing import Pacing
-from tfspark.train.progress import ProgressReporter
+from tfspark.train.progress import ProgressReporter, planned_steps
 from tfspark.train.saving import save
 from tfspark.train.summary import TrainSummary, ValidationSummary
 from tfspark.train.triggers import Progress, Trigger
@@ -121,8 +121,13 @@ class TrainingLoop:
             KeyboardInterrupt: the user interrupted; `commit` is the newest.
             TFSparkError: whatever the engine met; `commit` stays good.
         """
+        look = None
         while not end(self.progress):
-            steps = self._next_steps(checkpoint, validation)
+            step = self.progress.step
+            if look is None or step >= look:
+                look = self._next_look(end, checkpoint, validation)
+            horizons = [] if look is None else [look - step]
+            steps = self.pacing.steps(horizons, self._seconds_per_step, self._fixed_s, step)
             result = self._round(steps, end)
             self._record(result)
             self._advance(result)
@@ -156,12 +161,20 @@ class TrainingLoop:
         store.retain(self.retention)
         self._saved_step = self.progress.step
 
-    def _next_steps(self, checkpoint: Trigger, validation: Trigger) -> int:
-        # The end trigger need not bound a round: ranks ask it after each step (StopWhen).
+    def _next_look(self, end: Trigger, checkpoint: Trigger, validation: Trigger) -> int | None:
+        """The step after which a trigger may fire first, or None where none bounds a round.
+
+        It is asked of triggers at the start and where it was before: so it is the same however
+        many rounds there are in between.
+        """
+        progress = self.progress
         watched = [checkpoint] if self.store else []
         watched += [validation] if self.validate else []
-        horizons = [trigger.horizon(self.progress) for trigger in watched]
-        return self.pacing.steps(horizons, self._seconds_per_step, self._fixed_s)
+        steps = [progress.step + trigger.horizon(progress) for trigger in watched]
+        # Of the end only what counts say: ranks ask it themselves (StopWhen), after each step or,
+        # in local SGD, after each average.
+        last = planned_steps(end, progress)
+        return min([*steps, *([] if last is None else [last])], default=None)
 
     def _round(self, num_steps: int, end: Trigger) -> RoundResult:
         first = self.progress.step

@@ -39,6 +39,15 @@ class TFOptimizer:
     * `num_ranks`: tasks that train side by side; default: the slots of the application.
     * `accumulation_steps`: each rank computes its rows of a batch in so many parts, one after the
       other; the result is the same and needs less memory.
+    * `average_every`: τ of local SGD, on the engine `"gang"`. Each rank takes τ steps alone, each
+      on its own rows of the global batch, with weights and optimizer slots of its own; then all
+      are averaged over ranks, weighted by the rows that each has used. 1 (default) is synchronous
+      SGD, where ranks exchange in every step. Averages come after steps whose number is a multiple
+      of τ, and after those where a checkpoint or validation trigger may fire or a count
+      (`MaxEpoch`, `MaxIteration`) ends the training. Other end triggers are asked at averages
+      only, with the loss of the step before, so they may end up to τ - 1 steps later. A rank needs
+      memory for whole optimizer slots, not for its slice of them. Does not go together with
+      `wire_dtype`.
     * `clip_norm`, `clip_value`: see `set_gradient_clipping_by_l2_norm` and
       `set_constant_gradient_clipping`.
     * `model_dir`: a folder or fsspec URL that driver and executors share. Checkpoints are written

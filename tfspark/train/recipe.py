@@ -27,9 +27,10 @@ class Settings:
     """How a training runs, whatever it trains.
 
     Attributes:
-        engine: "auto", "local" or "shuffle".
+        engine: "auto", "local", "shuffle" or "gang".
         num_ranks: None: the slots of the application.
         accumulation_steps: parts in which a rank computes its rows of a batch.
+        average_every: steps that a rank takes alone before all ranks average.
         clip_norm: the most that the L2 norm of the whole gradient may be.
         clip_value: (smallest, largest) of every element of the gradient.
         model_dir: where checkpoints go, and where a rerun goes on from; None: nowhere.
@@ -42,6 +43,7 @@ class Settings:
     engine: str = "auto"
     num_ranks: int | None = None
     accumulation_steps: int = 1
+    average_every: int = 1
     clip_norm: float | None = None
     clip_value: tuple[float, float] | None = None
     model_dir: str | None = None
@@ -68,9 +70,10 @@ class Settings:
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "accumulation_steps"):
+        for name in ("num_ranks", "accumulation_steps", "average_every"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            default = value is None and name == "num_ranks"
+            if not default and (not isinstance(value, int) or value < 1):
                 raise InvalidInputError(
                     f"{name} is a whole number of at least 1. Received: {value!r}."
                 )
@@ -78,6 +81,13 @@ class Settings:
             raise InvalidInputError(
                 f"wire_dtype is None or one of {', '.join(map(repr, WIRE_DTYPES))}. Received: "
                 f"{self.wire_dtype!r}."
+            )
+        if self.wire_dtype is not None and self.average_every > 1:
+            raise InvalidInputError(
+                "wire_dtype rounds what travels in a step of all ranks; an average is of the very "
+                "weights and optimizer slots that training goes on from, in full precision. "
+                f"Received: wire_dtype={self.wire_dtype!r} with "
+                f"average_every={self.average_every}. Use one of them."
             )
         # The one place that knows what a valid clipping is.
         Clipping(value=self.clip_value, global_norm=self.clip_norm)

@@ -48,7 +48,8 @@ class Training:
         self._context = SparkContext._active_spark_context
         context = self._context
         num_ranks = recipe.settings.num_ranks or (slots(context) if context else 1)
-        self._name = choose_engine(recipe.settings.engine, context, num_ranks)
+        settings = recipe.settings
+        self._name = choose_engine(settings.engine, context, num_ranks, settings.average_every)
         train_set = materialise(self._name, recipe.dataset, num_ranks, context)
         flat, state = recipe.bound.values()
         run = _run(
@@ -115,7 +116,7 @@ class Training:
             reporter=progress_reporter(False, None),
             store=self._recipe.store,
             retention=self._recipe.settings.retention,
-            pacing=Pacing(most_steps=engine.most_steps),
+            pacing=Pacing(most_steps=engine.most_steps, average_every=run.average_every),
             scores=scores,
         )
 
@@ -175,6 +176,7 @@ def _run(
         num_ranks=num_ranks,
         clip_norm=settings.clip_norm,
         accumulation_steps=settings.accumulation_steps,
+        average_every=settings.average_every,
         task_threads=threads,
         digests=tuple(handle.digest for handle in train_set.handles),
         wire_dtype=settings.wire_dtype,
