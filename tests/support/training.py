@@ -17,15 +17,19 @@ def classified(rows, seed=0, features=6, classes=3):
     return x, y.astype(np.int32)
 
 
-def batches(dataset, tensors, num_ranks, steps):
-    """The global batches of a data set made by `from_ndarrays(tensors, …)`, flat, in rank order."""
+def order_and_parts(dataset, tensors, num_ranks):
+    """The order of a data set made by `from_ndarrays(tensors, …)`, and the rows of each rank."""
     arrays = optree.tree_leaves(tensors)
     rows = len(arrays[0])
     bounds = [rank * rows // num_ranks for rank in range(num_ranks + 1)]
     parts = [tuple(a[low:high] for a in arrays) for low, high in itertools.pairwise(bounds)]
     sizes = tuple(len(part[0]) for part in parts)
-    order = BatchOrder(sizes, dataset.batch_size, dataset.seed, dataset.shuffle)
-    return global_batches(order, parts, steps)
+    return BatchOrder(sizes, dataset.batch_size, dataset.seed, dataset.shuffle), parts
+
+
+def batches(dataset, tensors, num_ranks, steps):
+    """The global batches of a data set made by `from_ndarrays(tensors, …)`, flat, in rank order."""
+    return global_batches(*order_and_parts(dataset, tensors, num_ranks), steps)
 
 
 def assert_close(left, right, rtol=1e-4, atol=1e-6):

@@ -20,6 +20,23 @@ def test_steps(horizons, seconds_per_step, steps):
 
 
 @pytest.mark.parametrize(
+    ("step", "horizons", "seconds_per_step", "steps"),
+    [
+        (0, [], None, 10),  # also the first round
+        (3, [], None, 7),
+        (0, [], 0.08, 20),  # affordable are 25
+        (8, [], 0.08, 22),
+        (8, [100], 5.0, 2),  # none is, but a round ends no earlier
+        (8, [15], 0.08, 15),  # a trigger may fire there
+        (8, [1], None, 1),
+    ],
+)
+def test_rounds_of_local_steps_end_at_averages(step, horizons, seconds_per_step, steps):
+    pacing = Pacing(average_every=10)
+    assert pacing.steps(horizons, seconds_per_step, step=step) == steps
+
+
+@pytest.mark.parametrize(
     ("fixed_s", "steps"),
     [
         (0.01, 4),  # two seconds hide it
