@@ -56,3 +56,8 @@ def test_large_batches_stay_in_the_range_of_float16():
 def test_other_types_are_refused():
     with pytest.raises(InvalidInputError, match=r"'bfloat16', 'float16'\. Received: 'int8'"):
         Settings(wire_dtype="int8")
+
+
+def test_local_sgd_does_not_round():
+    with pytest.raises(InvalidInputError, match=r"'float16' with average_every=4"):
+        Settings(wire_dtype="float16", average_every=4)

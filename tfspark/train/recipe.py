@@ -89,6 +89,11 @@ class Settings:
                 f"Received: wire_dtype={self.wire_dtype!r} with "
                 f"average_every={self.average_every}. Use one of them."
             )
+        if self.wire_dtype and self.average_every > 1:
+            raise InvalidInputError(
+                "Local SGD exchanges seldom, and averages in full precision. Received: wire_dtype="
+                f"{self.wire_dtype!r} with average_every={self.average_every}. Leave one out."
+            )
         # The one place that knows what a valid clipping is.
         Clipping(value=self.clip_value, global_norm=self.clip_norm)
 
