@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tfspark.context import init_nncontext
     from tfspark.data.dataset import TFDataset
     from tfspark.graph.lars import LARS
+    from tfspark.sync.stragglers import LeaveOut
     from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.train.optimizer import TFOptimizer
     from tfspark.train.plateau import Plateau
@@ -58,6 +59,7 @@ _NAMES_OF = {
     "tfspark.context": "init_nncontext",
     "tfspark.data.dataset": "TFDataset",
     "tfspark.graph.lars": "LARS",
+    "tfspark.sync.stragglers": "LeaveOut",
     "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
     "tfspark.train.optimizer": "TFOptimizer",
     "tfspark.train.plateau": "Plateau",
@@ -85,6 +87,7 @@ __all__ = [
     "Ftrl",
     "HitRatio",
     "Lamb",
+    "LeaveOut",
     "LinearScaling",
     "Lion",
     "MaxEpoch",

@@ -59,5 +59,5 @@ def test_other_types_are_refused():
 
 
 def test_local_sgd_does_not_round():
-    with pytest.raises(InvalidInputError, match=r"'float16' with average_every=4"):
+    with pytest.raises(InvalidInputError, match="'float16' with average_every=4"):
         Settings(wire_dtype="float16", average_every=4)

@@ -54,10 +54,10 @@ class StateSlot:
         dtype, shape: of the tensor.
         kind: how ranks merge it after a step. `"mean"`: mean over ranks, weighted by rows
             (moving statistics, any float). `"first"`: the value of the lowest rank that had rows
-            (counters). `"seed"`: as `"first"`, and each rank adds its rank to element 0 before it
-            runs the program and subtracts it afterwards, so that ranks draw different dropout
-            masks while rank 0 draws those of plain Keras. `"constant"`: never changes (frozen
-            weights); it is shipped once and never travels again.
+            (counters), and was not left out. `"seed"`: as `"first"`, and each rank adds its rank
+            to element 0 before it runs the program and subtracts it afterwards, so that ranks draw
+            different dropout masks while rank 0 draws those of plain Keras. `"constant"`: never
+            changes (frozen weights); it is shipped once and never travels again.
     """
 
     name: str

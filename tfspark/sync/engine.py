@@ -25,6 +25,7 @@ from tfspark.graph.program import Evaluation, Program, UpdateProgram
 from tfspark.graphdef.pure import PureGraph
 from tfspark.sync.compression import Compression, compression
 from tfspark.sync.layout import Layout, StateLayout
+from tfspark.sync.stragglers import LeaveOut
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Run:
             with other rows would change the training. Empty: not checked.
         wire_dtype: what weights and gradients are rounded to on their way between ranks; None:
             they are not.
+        leave_out: which slow ranks a step may go on without; None: none.
     """
 
     run_id: str
@@ -69,6 +71,7 @@ class Run:
     task_threads: int = 1
     digests: tuple[str, ...] = ()
     wire_dtype: str | None = None
+    leave_out: LeaveOut | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -104,15 +107,20 @@ class StepRecord:
     Attributes:
         step: number of finished steps, this one included; the first is 1.
         loss: of the global batch.
-        rows: of the global batch.
+        rows: of the global batch, without those of ranks that were left out.
         seconds: by phase ("data", "gradient", "update", and "exchange" where it is measured), the
             slowest rank's where it is known.
+        left_out: ranks that the step went on without.
     """
 
     step: int
     loss: float
     rows: int
     seconds: dict[str, float] = field(default_factory=dict)
+    left_out: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "left_out", tuple(self.left_out))  # JSON makes a list of it
 
 
 @dataclass(frozen=True)

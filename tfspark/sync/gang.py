@@ -51,6 +51,7 @@ from tfspark.sync.rank import state_from_message, state_to_message
 from tfspark.sync.rendezvous import Rendezvous
 from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
 from tfspark.sync.tasks import handle_first, program_of, reader_of
+from tfspark.sync.tolerant_rank import TolerantRank
 
 _MEETING_S = 300.0
 """How long ranks wait for each other: Python workers start and programs are loaded in that time."""
@@ -200,8 +201,7 @@ class _Round:
             reader.prefetch(state.step)
             with self._member(rank, run.num_ranks) as member:
                 member.links.share_memory(step=state.step, timeout_s=_MEETING_S)
-                rank_of = GangRank if run.average_every == 1 else LocalRank
-                gang = rank_of(program, reader, member.links, self.patience)
+                gang = rank_class(run)(program, reader, member.links, self.patience)
                 if rank == 0:  # one speaks and listens for all
                     teller = _Teller(member)
                     gang.tell, gang.interrupted = teller.tell, teller.interrupted
@@ -250,6 +250,13 @@ class _SelectRank:
             if rank == self.rank:
                 state = self.select(self.run.value, state_from_message(decode(frame)))
                 yield encode(state_to_message(state))
+
+
+def rank_class(run: Run) -> type[GangRank]:
+    """What a rank of this run is."""
+    if run.average_every > 1:
+        return LocalRank
+    return GangRank if run.leave_out is None else TolerantRank
 
 
 class _Teller:

@@ -130,16 +130,14 @@ class GangRank:
     def _step(
         self, state: RankState, rates: tuple[float, ...], plan: RoundPlan, last: bool
     ) -> RankState:
-        program, rank, step = self._program, state.rank, state.step
+        program, step = self._program, state.step
         run = program.run
         shards = self._gather_shards(state)
         halt = next((m.meta["halt"] for m in shards if m.meta["halt"]), None)
         if halt:
             # Only the owner of a slice sees that its sum overflowed; the others hear of it here.
             return replace(state, halt=Halt(**halt))
-        contribution = program.contribute(
-            rank, step, self._replica(shards), self._reader, None if last else step + 1
-        )
+        contribution = self._contribution(step, shards, None if last else step + 1)
         reduced = program.reduce(self._reduce_scatter(contribution, step))
         sums: dict[str, np.ndarray] = {}
         for kind in () if reduced.halt else run.sums:
@@ -151,6 +149,14 @@ class GangRank:
                 timeout_s=self._limit_s,
             )
         return program.apply(state, reduced, rates, sums, plan.stop)
+
+    def _contribution(
+        self, step: int, shards: list[Message], next_step: int | None
+    ) -> Contribution:
+        """Of this rank to a step counted from 0; `next_step`: None in the last one of a round."""
+        return self._program.contribute(
+            self._links.rank, step, self._replica(shards), self._reader, next_step
+        )
 
     def _gather_shards(self, state: RankState) -> list[Message]:
         """The "shard" messages of all ranks, by rank."""

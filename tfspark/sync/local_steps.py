@@ -202,6 +202,7 @@ class LocalRank(GangRank):
             first=contribution.first,
             halt=contribution.halt,
             seconds=contribution.seconds,
+            left_out=(),
         )
         sums: dict[str, np.ndarray] = {}
         for kind in () if reduced.halt else program.run.sums:

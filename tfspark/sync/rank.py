@@ -51,7 +51,9 @@ class Contribution:
         loss_sum: see `Program`.
         gradient: `[P]`, summed over its rows; None without rows or after a halt.
         mean: its averaged model state times its rows, packed; None like `gradient`.
-        first: its handed-on model state, from the first rank that has rows; else empty.
+        first: its handed-on model state.
+        leads: whether it is the first rank in the sum that has rows: all take `first` from it.
+        left_out: whether the step goes on without its rows.
         halt: why it did not compute, or what it found.
         seconds: by phase.
     """
@@ -62,6 +64,8 @@ class Contribution:
     gradient: np.ndarray | None = None
     mean: np.ndarray | None = None
     first: list[np.ndarray] = field(default_factory=list)
+    leads: bool = False
+    left_out: bool = False
     halt: Halt | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -71,13 +75,14 @@ class Reduced:
     """One slice of a step, summed over ranks.
 
     Attributes:
-        rows: of the global batch.
+        rows: of the global batch, without those of ranks that were left out.
         loss_sum: over all ranks.
         gradient: `[shard_size]`, the sum of the slices.
         mean: float64 `[slice_size]`, the merged model state of this slice.
         first: handed-on model state.
         halt: found by any rank.
         seconds: by phase, the slowest rank's.
+        left_out: ranks whose rows are not in the sums.
     """
 
     rows: int
@@ -87,6 +92,7 @@ class Reduced:
     first: list[np.ndarray]
     halt: Halt | None
     seconds: dict[str, float]
+    left_out: tuple[int, ...]
 
 
 class RankProgram:
@@ -181,14 +187,14 @@ class RankProgram:
         assert gradient is not None
         done = time.perf_counter()
         leader = next(r for r, count in enumerate(rows_by_rank) if count)
-        hands_on = rank == leader or run.num_ranks == 1  # alone, to itself
         return Contribution(
             rank=rank,
             rows=rows,
             loss_sum=loss_sum,
             gradient=gradient,
             mean=run.state_layout.pack(state) * rows,
-            first=[state[i] for i in run.state_layout.first] if hands_on else [],
+            first=[state[i] for i in run.state_layout.first],
+            leads=rank == leader,
             halt=_finite(rank, step, loss_sum, gradient),
             seconds={"data": read - started, "gradient": done - read},
         )
@@ -250,7 +256,9 @@ class RankProgram:
         gradient = rank_ordered_sum(gradients, layout.shard_size, layout.dtype)
         if compression.gradient_scale != 1.0:
             gradient *= compression.gradient_scale
-        return Reduced(rows, loss_sum, gradient, mean / max(rows, 1), first, halt, seconds)
+        left_out = tuple(message.source for message in parts if message.meta["left_out"])
+        mean = mean / max(rows, 1)
+        return Reduced(rows, loss_sum, gradient, mean, first, halt, seconds, left_out)
 
     def tensor_sums(
         self,
@@ -325,6 +333,7 @@ class RankProgram:
             loss=reduced.loss_sum / reduced.rows,
             rows=reduced.rows,
             seconds=seconds,
+            left_out=reduced.left_out,
         )
         return RankState(
             rank=state.rank,
@@ -440,7 +449,7 @@ def shard_message(state: RankState, run: Run | None = None) -> Message:
 
 def gradient_message(run: Run, contribution: Contribution, owner: int) -> Message:
     """What a rank tells the owner of a slice: its part of the sums."""
-    arrays: dict[str, np.ndarray] = _numbered("first", contribution.first)
+    arrays = _numbered("first", contribution.first) if contribution.leads else {}
     if contribution.gradient is not None and contribution.mean is not None:
         arrays["gradient"] = run.compression.gradient(
             run.layout.shard(contribution.gradient, owner)
@@ -452,6 +461,7 @@ def gradient_message(run: Run, contribution: Contribution, owner: int) -> Messag
         {
             "rows": contribution.rows,
             "loss_sum": contribution.loss_sum,
+            "left_out": contribution.left_out,
             "halt": _halt_meta(contribution.halt),
             "seconds": contribution.seconds,
         },

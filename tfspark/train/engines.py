@@ -17,6 +17,7 @@ from tfspark.sync.engine import Engine
 from tfspark.sync.gang import GangEngine
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.shuffle import ShuffleEngine
+from tfspark.sync.stragglers import LeaveOut
 
 logger = logging.getLogger("tfspark")
 
@@ -95,6 +96,26 @@ def gang_obstacle(context: SparkContext, num_ranks: int) -> str | None:
     if available < num_ranks:
         return f"{available} task slots for {num_ranks} ranks"
     return None
+
+
+def check_leave_out(leave_out: LeaveOut | None, name: str, num_ranks: int) -> None:
+    """Whether an engine can leave out so many of its ranks.
+
+    Raises:
+        InvalidInputError: it cannot.
+    """
+    if leave_out is None:
+        return
+    if name != "gang":
+        raise InvalidInputError(
+            "leave_out needs the engine 'gang', whose ranks see each other during a step. "
+            f"Received: {leave_out} with the engine {name!r}. Use engine='gang', or no leave_out."
+        )
+    if leave_out.most_ranks >= num_ranks:
+        raise InvalidInputError(
+            f"A step needs a rank that is not left out. Received: {leave_out} and {num_ranks} "
+            f"rank{'s' * (num_ranks > 1)}. Lower most_ranks, or train on more ranks."
+        )
 
 
 def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkContext | None) -> Any:

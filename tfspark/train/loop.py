@@ -15,6 +15,7 @@ from tfspark.data.order import BatchOrder
 from tfspark.errors import NonFiniteError, PeerLostError, StoreLostError, WorkerLostError
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.left_out import LeftOutRows
 from tfspark.train.pacing import Pacing
 from tfspark.train.progress import ProgressReporter, planned_steps
 from tfspark.train.saving import save
@@ -92,6 +93,7 @@ class TrainingLoop:
         reporter: the progress bar.
         pacing: the length of rounds.
         scores: of the last validation.
+        left_out: counts the rows of ranks that steps went on without; None where none may be.
     """
 
     engine: Engine
@@ -107,6 +109,7 @@ class TrainingLoop:
     validation_summary: ValidationSummary | None = None
     pacing: Pacing = field(default_factory=Pacing)
     scores: Mapping[str, float] = field(default_factory=dict)
+    left_out: LeftOutRows | None = None
     _saved_step: int | None = None
     # Of the last round; a later `train` need not find out again.
     _seconds_per_step: float | None = None
@@ -224,6 +227,8 @@ class TrainingLoop:
         self.reporter.update(self.progress, rows / result.seconds)
 
     def _record(self, result: RoundResult) -> None:
+        if self.left_out is not None:
+            self.left_out.add(result.records)
         if self.train_summary is None or not result.records:
             return
         seconds_per_step = result.seconds / len(result.records)
@@ -234,6 +239,8 @@ class TrainingLoop:
                 "Throughput": record.rows / seconds_per_step,
                 **_phases(record, seconds_per_step),
             }
+            if self.left_out is not None:
+                scalars["LeftOut"] = len(record.left_out)
             at = progress_at(self.run.order, record.step, record.loss, self.progress.score)
             self.train_summary.add_step(at, scalars)
         self.train_summary.flush()

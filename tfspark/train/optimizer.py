@@ -53,6 +53,7 @@ class TFOptimizer:
     * `model_dir`: a folder or fsspec URL that driver and executors share. Checkpoints are written
       there, and a rerun with the same folder goes on from the newest whole one.
     * `retention`: which checkpoints stay; `Retention(keep_last=5)`.
+    * `leave_out`: `LeaveOut()` lets a step of the engine `"gang"` go on without slow ranks.
     * `progress`: False hides the progress bar.
     * `wire_dtype`: `"bfloat16"` or `"float16"` halves the bytes that travel between ranks: weights
       and gradients are rounded on their way; sums and the weights that an optimizer steps stay in

@@ -15,6 +15,7 @@ from tfspark.graph.clipping import Clipping
 from tfspark.graph.program import Evaluation, UpdateProgram
 from tfspark.graph.update import update_program
 from tfspark.sync.compression import WIRE_DTYPES
+from tfspark.sync.stragglers import LeaveOut
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.frontends import FrontEnd, Metrics
 from tfspark.train.groups import ParameterGroups, parameter_groups
@@ -35,6 +36,7 @@ class Settings:
         clip_value: (smallest, largest) of every element of the gradient.
         model_dir: where checkpoints go, and where a rerun goes on from; None: nowhere.
         retention: which checkpoints stay.
+        leave_out: which slow ranks a step may go on without; None: none.
         progress: whether to show progress.
         wire_dtype: what weights and gradients are rounded to on their way between ranks:
             "bfloat16" or "float16"; None: they are not.
@@ -48,6 +50,7 @@ class Settings:
     clip_value: tuple[float, float] | None = None
     model_dir: str | None = None
     retention: Retention = field(default_factory=Retention)
+    leave_out: LeaveOut | None = None
     progress: bool = True
     wire_dtype: str | None = None
 
@@ -89,10 +92,16 @@ class Settings:
                 f"Received: wire_dtype={self.wire_dtype!r} with "
                 f"average_every={self.average_every}. Use one of them."
             )
-        if self.wire_dtype and self.average_every > 1:
+        if self.leave_out is not None and not isinstance(self.leave_out, LeaveOut):
             raise InvalidInputError(
-                "Local SGD exchanges seldom, and averages in full precision. Received: wire_dtype="
-                f"{self.wire_dtype!r} with average_every={self.average_every}. Leave one out."
+                "leave_out is LeaveOut(most_ranks, factor, in_a_row), or None. Received: "
+                f"{self.leave_out!r}."
+            )
+        if self.leave_out is not None and self.average_every > 1:
+            raise InvalidInputError(
+                "A slow rank is left out of a step that all ranks take together; in local SGD each "
+                f"takes its own. Received: leave_out={self.leave_out} with "
+                f"average_every={self.average_every}. Use one of them."
             )
         # The one place that knows what a valid clipping is.
         Clipping(value=self.clip_value, global_norm=self.clip_norm)

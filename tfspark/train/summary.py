@@ -134,7 +134,7 @@ class TrainSummary(_Summary):
 
     The event files lie in `log_dir/app_name/train`, on any file system TensorFlow writes to.
     Curves: `Loss`, `LearningRate`, `Throughput` (rows per second) and `Phase/…` (seconds of each
-    phase of a step).
+    phase of a step); with `leave_out` also `LeftOut` (ranks that the step went on without).
 
     Args:
         log_dir: folder of all applications' logs.
@@ -151,7 +151,7 @@ class TrainSummary(_Summary):
     """
 
     _folder = "train"
-    SCALARS = ("Loss", "LearningRate", "Throughput", "Phase")
+    SCALARS = ("Loss", "LearningRate", "Throughput", "Phase", "LeftOut")
     """What `set_summary_trigger` knows; "Phase" stands for all of them."""
 
     def __init__(self, log_dir: str | os.PathLike[str], app_name: str):
@@ -162,7 +162,7 @@ class TrainSummary(_Summary):
         """Writes a curve only after the steps at which a trigger fires, not after each.
 
         Args:
-            name: `"Loss"`, `"LearningRate"`, `"Throughput"` or `"Phase"`.
+            name: `"Loss"`, `"LearningRate"`, `"Throughput"`, `"Phase"` or `"LeftOut"`.
             trigger: asked with the progress after each step.
 
         Returns:

@@ -18,7 +18,8 @@ from tfspark.errors import TFSparkError
 from tfspark.graph.evaluation import results
 from tfspark.graph.optimizers import clipping_of
 from tfspark.sync.engine import Engine, Run
-from tfspark.train.engines import choose_engine, make_engine, materialise
+from tfspark.train.engines import check_leave_out, choose_engine, make_engine, materialise
+from tfspark.train.left_out import LeftOutRows
 from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
 from tfspark.train.pacing import Pacing
@@ -50,6 +51,7 @@ class Training:
         num_ranks = recipe.settings.num_ranks or (slots(context) if context else 1)
         settings = recipe.settings
         self._name = choose_engine(settings.engine, context, num_ranks, settings.average_every)
+        check_leave_out(settings.leave_out, self._name, num_ranks)
         train_set = materialise(self._name, recipe.dataset, num_ranks, context)
         flat, state = recipe.bound.values()
         run = _run(
@@ -78,6 +80,8 @@ class Training:
         """
         loop = self.loop
         steps = planned_steps(end, loop.progress)
+        if self._recipe.settings.leave_out is not None:
+            loop.left_out = LeftOutRows(loop.run.order)
         try:
             with progress_reporter(
                 self._recipe.settings.progress, steps, loop.progress.step
@@ -93,6 +97,9 @@ class Training:
                     error,
                 )
             raise
+        finally:
+            if loop.left_out is not None:
+                logger.info("%s", loop.left_out)
         loop.insist(self._bring_home)
 
     def _make_loop(
@@ -180,6 +187,7 @@ def _run(
         task_threads=threads,
         digests=tuple(handle.digest for handle in train_set.handles),
         wire_dtype=settings.wire_dtype,
+        leave_out=settings.leave_out,
     )
 
 
