@@ -78,6 +78,11 @@ class JavaError(Py4JError):
     ("said", "meant"),
     [
         ("Python worker exited unexpectedly (crashed): null", "memoryOverhead"),
+        (
+            "Lost task 1.0: java.io.IOException: Stream closed\n\tat org.apache.spark.api.python."
+            "PythonWorkerFactory.stopWorker(PythonWorkerFactory.scala:527)",
+            "memoryOverhead",
+        ),
         ("Checkpoint block rdd_3_0 not found!", "model_dir"),
         ("Job 7 cancelled because SparkContext was shut down", "Job 7 cancelled"),
     ],

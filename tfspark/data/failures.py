@@ -92,7 +92,8 @@ def raise_from_spark(error: Exception) -> NoReturn:
 
 def _cluster_failure(text: str) -> TrainingError:
     """What it means, if it was no Python code, that Spark gave a job up."""
-    if "Python worker exited unexpectedly" in text:
+    # The second is said of a worker that died between two tasks, as did the daemon that made it.
+    if "Python worker exited unexpectedly" in text or "PythonWorkerFactory.stopWorker" in text:
         return WorkerLostError(
             "A Python worker must live as long as its task. Received: one that was killed, and "
             "Spark has used up its attempts. Most often memory ran out: give executors more "
