@@ -45,7 +45,7 @@ def turns(of_rank_1):
 
 
 def test_a_slow_rank_is_left_out_and_counted(sc, tmp_path, caplog):
-    optimizer, _ = training(turns(2_000), engine="gang", leave_out=LeaveOut(in_a_row=2))
+    optimizer, _ = training(turns(20_000), engine="gang", leave_out=LeaveOut(in_a_row=2))
     optimizer.set_train_summary(TrainSummary(tmp_path, "slow"))
     with caplog.at_level(logging.INFO, "tfspark"):
         optimizer.optimize(MaxIteration(STEPS))
