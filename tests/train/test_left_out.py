@@ -107,3 +107,9 @@ def test_the_rows_of_ranks_are_counted_by_the_order_of_batches():
         "Ranks were left out of 2 of 3 steps, 2 in all, and with them "
         f"{100 * dropped / 16:.1f} % of the rows."
     )
+
+
+def test_not_with_steps_that_ranks_take_alone():
+    message = r"Received: leave_out=LeaveOut\(.*\) with average_every=4. Use one of them"
+    with pytest.raises(InvalidInputError, match=message):
+        training(turns(0), engine="gang", leave_out=LeaveOut(), average_every=4)
