@@ -13,7 +13,7 @@ its sockets and then reads, as `sync/links.py` does; buffers are never full.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -88,8 +88,7 @@ class Workload:
 
     def draw(self, num_ranks: int, random: np.random.Generator) -> np.ndarray:
         """Log-normal seconds of every rank `[N]`, of mean `compute_s`."""
-        location = np.log(self.compute_s) - self.spread**2 / 2
-        return random.lognormal(location, self.spread, num_ranks)
+        return self.compute_s * random.lognormal(-(self.spread**2) / 2, self.spread, num_ranks)
 
 
 @dataclass(frozen=True)
@@ -176,18 +175,17 @@ class Steps:
         step_s: seconds of a step, commits left out.
         compute_s: the mean rank's gradient.
         wait_s: how much longer the slowest rank's gradient takes.
-        exchange_s: the rest: exchanges, sums, casts and what else is done for every weight.
+        besides_s: sums, the update and what else is done for every weight.
+        exchange_s: the rest: exchanges and casts.
         queue_bytes: the most that waited in the switch for one link.
     """
 
     step_s: float
     compute_s: float
     wait_s: float
-    exchange_s: float = field(init=False)
+    besides_s: float
+    exchange_s: float
     queue_bytes: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "exchange_s", self.step_s - self.compute_s - self.wait_s)
 
 
 def simulate(
@@ -206,7 +204,7 @@ def simulate(
     size, turns = cluster.num_ranks, cluster.turns
     slice_bytes = workload.weights / size * wire.weight_bytes
     own, others = workload.weights / size, workload.weights * (size - 1) / size
-    besides = turns * (costs.step_s + workload.weights * costs.weight_s)
+    besides = turns * costs.besides(size, workload.weights)
     now, slowest, queue_bytes = np.zeros(size), 0.0, 0.0
     for _ in range(num_steps):
         gathered = exchange(cluster, costs, slice_bytes, now + turns * wire.cast_s * own)
@@ -216,8 +214,8 @@ def simulate(
         scattered = exchange(cluster, costs, slice_bytes, ready + turns * wire.cast_s * others)
         now = scattered.done_s + turns * wire.cast_s * others + besides
         queue_bytes = max(queue_bytes, gathered.queue_bytes, scattered.queue_bytes)
-    mean = workload.compute_s
-    return Steps(now.max() / num_steps, mean, slowest / num_steps - mean, queue_bytes)
+    step_s, mean, slow = now.max() / num_steps, workload.compute_s, slowest / num_steps
+    return Steps(step_s, mean, slow - mean, besides, step_s - slow - besides, queue_bytes)
 
 
 def _travel(

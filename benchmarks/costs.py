@@ -5,8 +5,9 @@ In one exchange of N ranks it sends N - 1 messages and receives as many:
 
     exchange_s + (N - 1) · (message_s + slice_bytes · byte_s)
 
-A step has two of them, and besides `step_s + P · weight_s` for what is done once a step or once
-for every weight: the sum in rank order, for one. Ranks that share too few cores take turns.
+A step has two of them, and besides `step_s + P · weight_s + P / N · shard_s`: what is done once,
+for every weight (the sum in rank order, for one) and for every weight of the rank's shard (the
+optimizer). Ranks that share too few cores take turns.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Costs:
         byte_s: for a byte sent and one received.
         step_s: for a step.
         weight_s: for every weight in a step.
+        shard_s: for every weight of the rank's shard in a step.
     """
 
     exchange_s: float = 0.0
@@ -37,15 +39,20 @@ class Costs:
     byte_s: float = 0.0
     step_s: float = 0.0
     weight_s: float = 0.0
+    shard_s: float = 0.0
 
     def exchange(self, num_ranks: int, slice_bytes: float) -> float:
         """Seconds of one exchange with all others."""
         return self.exchange_s + (num_ranks - 1) * (self.message_s + slice_bytes * self.byte_s)
 
+    def besides(self, num_ranks: int, weights: int) -> float:
+        """Seconds of a step that are not exchange."""
+        return self.step_s + weights * (self.weight_s + self.shard_s / num_ranks)
+
     def step(self, num_ranks: int, weights: int) -> float:
         """Seconds of a whole step: two exchanges, and what is not exchange."""
         slice_bytes = weights / num_ranks * WEIGHT_BYTES
-        return 2 * self.exchange(num_ranks, slice_bytes) + self.step_s + weights * self.weight_s
+        return 2 * self.exchange(num_ranks, slice_bytes) + self.besides(num_ranks, weights)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Point:
     Attributes:
         num_ranks, weights: N and P.
         exchanges: that took place: 1, or 2 of a whole step.
-        steps: whose other work is in it: 0 where `step_s` must not be, else 1.
+        steps: whose fixed work and work on the shard is in it.
         sums: 1 where the work for every weight is in it, else 0.
         cpu_s: measured.
     """
@@ -92,6 +99,7 @@ def _row(point: Point) -> list[float]:
         exchanges * peers * slice_bytes,
         point.steps,
         point.sums * point.weights,
+        point.steps * point.weights / point.num_ranks,
     ]
 
 

@@ -170,12 +170,13 @@ def dense_table(found: list[Dense]) -> str:
 def costs_table(rows: dict[str, Costs]) -> str:
     """A Markdown table of fitted costs."""
     lines = [
-        "| | exchange µs | message µs | byte ns | step µs | weight ns |",
-        "|---" * 6 + "|",
+        "| | exchange µs | message µs | byte ns | step µs | weight ns | shard ns |",
+        "|---" * 7 + "|",
     ]
     lines += [
         f"| {name} | {own.exchange_s * 1e6:.0f} | {own.message_s * 1e6:.1f} | "
-        f"{own.byte_s * 1e9:.3f} | {own.step_s * 1e6:.0f} | {own.weight_s * 1e9:.2f} |"
+        f"{own.byte_s * 1e9:.3f} | {own.step_s * 1e6:.0f} | "
+        f"{own.weight_s * 1e9:.2f} | {own.shard_s * 1e9:.2f} |"
         for name, own in rows.items()
     ]
     return "\n".join(lines)

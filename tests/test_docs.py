@@ -80,7 +80,9 @@ def test_the_examples_of_docstrings_are_right(run_script):
     assert what == "examples" and int(number) > 50
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/migration.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/guide.md", "docs/migration.md", "docs/scaling.md"]
+)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target, anchor in LINK.findall(path.read_text(encoding="utf-8")):

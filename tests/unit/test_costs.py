@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from costs import Costs, Point, explained, fit
 
-TRUE = Costs(exchange_s=2e-4, message_s=3e-5, byte_s=4e-10, step_s=5e-3, weight_s=6e-9)
+TRUE = Costs(
+    exchange_s=2e-4, message_s=3e-5, byte_s=4e-10, step_s=5e-3, weight_s=6e-9, shard_s=2e-8
+)
 SIZES, RANKS = (2**18, 2**22), (1, 2, 4, 8, 16)
 
 
 def by_hand(size, weights, exchanges, steps, sums):
     slice_bytes = 4 * weights / size
     one = 2e-4 + (size - 1) * 3e-5 + (size - 1) * slice_bytes * 4e-10
-    return exchanges * one + steps * 5e-3 + sums * weights * 6e-9
+    return exchanges * one + steps * (5e-3 + weights / size * 2e-8) + sums * weights * 6e-9
 
 
 def points(*kinds, noise=None):
@@ -50,7 +52,7 @@ def test_no_cost_is_negative():
     # Less for twice as many weights: plain least squares would make the weight cost negative.
     falling = [Point(1, 100, 0, 1, 1, 2.0), Point(1, 200, 0, 1, 1, 1.0)]
     found = fit(falling)
-    assert found.weight_s == 0
+    assert found.weight_s == found.shard_s == 0
     # Of the squares of (a - 2) / 2 and (a - 1) / 1 the sum is least at a = 6 / 5.
     assert found.step_s == pytest.approx(1.2)
 
