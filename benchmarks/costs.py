@@ -5,15 +5,18 @@ In one exchange of N ranks it sends N - 1 messages and receives as many:
 
     exchange_s + (N - 1) · (message_s + slice_bytes · byte_s)
 
-A step has two of them, and besides `step_s + P · weight_s + P / N · shard_s`: what is done once,
-for every weight (the sum in rank order, for one) and for every weight of the rank's shard (the
-optimizer). Ranks that share too few cores take turns.
+A step has two of them, and what is done once, for every weight of the others' shards (a slice of
+the gradient comes from each of them and is summed), and for every weight of the rank's own shard:
+
+    step_s + P · (N - 1) / N · others_s + P / N · shard_s
+
+Ranks that share too few cores take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from itertools import combinations
 
 import numpy as np
@@ -30,7 +33,7 @@ class Costs:
         message_s: for a message sent and one received.
         byte_s: for a byte sent and one received.
         step_s: for a step.
-        weight_s: for every weight in a step.
+        others_s: for every weight of the others' shards in a step.
         shard_s: for every weight of the rank's shard in a step.
     """
 
@@ -38,7 +41,7 @@ class Costs:
     message_s: float = 0.0
     byte_s: float = 0.0
     step_s: float = 0.0
-    weight_s: float = 0.0
+    others_s: float = 0.0
     shard_s: float = 0.0
 
     def exchange(self, num_ranks: int, slice_bytes: float) -> float:
@@ -47,12 +50,16 @@ class Costs:
 
     def besides(self, num_ranks: int, weights: int) -> float:
         """Seconds of a step that are not exchange."""
-        return self.step_s + weights * (self.weight_s + self.shard_s / num_ranks)
+        shard = weights / num_ranks
+        return self.step_s + (weights - shard) * self.others_s + shard * self.shard_s
 
     def step(self, num_ranks: int, weights: int) -> float:
         """Seconds of a whole step: two exchanges, and what is not exchange."""
         slice_bytes = weights / num_ranks * WEIGHT_BYTES
         return 2 * self.exchange(num_ranks, slice_bytes) + self.besides(num_ranks, weights)
+
+
+NAMES = tuple(field.name for field in fields(Costs))
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,8 @@ class Point:
 
     Attributes:
         num_ranks, weights: N and P.
-        exchanges: that took place: 1, or 2 of a whole step.
-        steps: whose fixed work and work on the shard is in it.
-        sums: 1 where the work for every weight is in it, else 0.
+        exchanges, steps, sums, shards: how often an exchange, the fixed part of a step, and the
+            work for the others' weights and for the own shard are in it.
         cpu_s: measured.
     """
 
@@ -72,17 +78,24 @@ class Point:
     exchanges: int
     steps: int
     sums: int
+    shards: int
     cpu_s: float
 
 
-def fit(points: Sequence[Point]) -> Costs:
+def fit(points: Sequence[Point], names: Sequence[str] = NAMES) -> Costs:
     """The costs that explain the points with the least sum of squared relative errors.
 
-    No cost is negative. Those of which the points say nothing are 0.
+    No cost is negative.
+
+    Args:
+        points: measured.
+        names: of the costs that the points can tell apart; the others are 0.
     """
-    rows, target = np.array([_row(point) for point in points]), [p.cpu_s for p in points]
-    relative = rows / np.array(target)[:, None]
-    return Costs(*_non_negative(relative, np.ones(len(points))).tolist())
+    columns = [NAMES.index(name) for name in names]
+    rows = np.array([_row(point) for point in points])[:, columns]
+    relative = rows / np.array([point.cpu_s for point in points])[:, None]
+    found = _non_negative(relative, np.ones(len(points)))
+    return Costs(**dict(zip(names, found.tolist(), strict=True)))
 
 
 def explained(costs: Costs, point: Point) -> float:
@@ -91,15 +104,14 @@ def explained(costs: Costs, point: Point) -> float:
 
 
 def _row(point: Point) -> list[float]:
-    peers, exchanges = point.num_ranks - 1, point.exchanges
-    slice_bytes = point.weights / point.num_ranks * WEIGHT_BYTES
+    peers, shard = point.num_ranks - 1, point.weights / point.num_ranks
     return [
-        exchanges,
-        exchanges * peers,
-        exchanges * peers * slice_bytes,
+        point.exchanges,
+        point.exchanges * peers,
+        point.exchanges * peers * shard * WEIGHT_BYTES,
         point.steps,
-        point.sums * point.weights,
-        point.steps * point.weights / point.num_ranks,
+        point.sums * peers * shard,
+        point.shards * shard,
     ]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
+from pyspark import SparkContext
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer, TrainSummary
 
@@ -52,6 +54,22 @@ def matrix(width: int) -> tuple[keras.Model, np.ndarray, np.ndarray]:
     model.compile(keras.optimizers.SGD(1e-4), "mse")
     rows = np.random.default_rng(0).normal(size=(64, width)).astype("float32")
     return model, rows, rows
+
+
+def start_workers(context: SparkContext, count: int) -> None:
+    """So many of Spark's Python workers with TensorFlow loaded.
+
+    Ranks wait for each other for a limited time, in which on few cores not many can load it.
+    """
+
+    def load(rows: Iterable[int]) -> None:  # in here, because workers cannot import this file
+        import tensorflow
+
+        assert tensorflow.__version__ and list(rows)
+        # Until all tasks of the job have a worker: one that is done would get the next task.
+        time.sleep(2.0)
+
+    context.parallelize(range(count), count).foreachPartition(load)
 
 
 class Gang:

@@ -32,10 +32,16 @@ from costs import Costs, Point, fit
 
 if TYPE_CHECKING:
     from gang_steps import GangSteps
+    from pyspark import SparkContext
 
 WIDTHS = {"0.26 M": 512, "4.2 M": 2048}
 COLORS = {"0.26 M": "tab:blue", "4.2 M": "tab:red"}
 DENSE_BATCH = 128
+
+BARE_COSTS = ("exchange_s", "message_s", "byte_s", "others_s", "shard_s")
+# Whole steps always have two exchanges, and move each of the others' weights twice: the costs of an
+# exchange are part of the step's, those of bytes of the others'.
+GANG_COSTS = ("message_s", "step_s", "others_s", "shard_s")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Dense:
 def exchange_points(found: list[Exchange]) -> list[Point]:
     """What `costs.fit` needs of the bare exchange: the gather sums nothing."""
     return [
-        Point(one.num_ranks, one.weights, 1, 0, sums, cpu_s)
+        Point(one.num_ranks, one.weights, 1, 0, sums, 1, cpu_s)
         for one in found
         for sums, cpu_s in ((1, one.scatter_cpu_s), (0, one.gather_cpu_s))
     ]
@@ -60,7 +66,7 @@ def exchange_points(found: list[Exchange]) -> list[Point]:
 
 def gang_points(found: list[GangSteps]) -> list[Point]:
     """What `costs.fit` needs of whole steps."""
-    return [Point(one.num_ranks, one.weights, 2, 1, 1, one.cpu_s) for one in found]
+    return [Point(one.num_ranks, one.weights, 2, 1, 1, 1, one.cpu_s) for one in found]
 
 
 def cast_s() -> float:
@@ -74,19 +80,21 @@ def cast_s() -> float:
     return (time.process_time() - begun) / 20 / len(numbers)
 
 
-def measure_gang(ranks: list[int], seconds: float) -> list[GangSteps]:
-    """Steps of `gang` for each number of ranks and each model."""
-    from gang_steps import Gang, matrix
+def measure_gang(context: SparkContext, ranks: list[int], seconds: float) -> list[GangSteps]:
+    """Steps of `gang` for each number of ranks and each model, in the order of `ranks`."""
+    from gang_steps import Gang, matrix, start_workers
 
     found = []
-    for num_ranks in ranks:
+    # The most ranks first: Spark ends workers that have been idle for a minute, and here none is.
+    for num_ranks in sorted(ranks, reverse=True):
+        start_workers(context, num_ranks)
         for width in WIDTHS.values():
             # A row for each rank.
             gang = Gang(*matrix(width), batch=num_ranks, num_ranks=num_ranks)
             found.append(gang.measure(seconds))
             gang.close()
             _say(found[-1])
-    return found
+    return sorted(found, key=lambda one: one.num_ranks)
 
 
 def measure_dense(blocks: int, seconds: float) -> list[Dense]:
@@ -170,13 +178,13 @@ def dense_table(found: list[Dense]) -> str:
 def costs_table(rows: dict[str, Costs]) -> str:
     """A Markdown table of fitted costs."""
     lines = [
-        "| | exchange µs | message µs | byte ns | step µs | weight ns | shard ns |",
+        "| | exchange µs | message µs | byte ns | step µs | others ns | shard ns |",
         "|---" * 7 + "|",
     ]
     lines += [
         f"| {name} | {own.exchange_s * 1e6:.0f} | {own.message_s * 1e6:.1f} | "
         f"{own.byte_s * 1e9:.3f} | {own.step_s * 1e6:.0f} | "
-        f"{own.weight_s * 1e9:.2f} | {own.shard_s * 1e9:.2f} |"
+        f"{own.others_s * 1e9:.2f} | {own.shard_s * 1e9:.2f} |"
         for name, own in rows.items()
     ]
     return "\n".join(lines)
@@ -261,6 +269,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     cores = os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"Other processes use this machine (load {load:.1f}): steps will take longer.")
     sizes = [width**2 for width in WIDTHS.values()]
     exchanges = []
     for num_ranks in options.ranks:
@@ -277,17 +288,18 @@ def main() -> None:
     context = init_nncontext(
         {"spark.ui.enabled": False}, app_name="scaling", master=f"local[{slots}]"
     )
-    steps = measure_gang(options.ranks, options.seconds)
+    steps = measure_gang(context, options.ranks, options.seconds)
     dense = measure_dense(options.blocks, options.seconds / 4)
     machine = {
         "cores": cores,
+        "load_before": load,
         "python": platform.python_version(),
         "tensorflow": tf.__version__,
         "spark": context.version,
     }
     costs = {
-        "bare exchange": fit(exchange_points(exchanges)),
-        "gang on Spark": fit(gang_points(steps)),
+        "bare exchange": fit(exchange_points(exchanges), BARE_COSTS),
+        "gang on Spark": fit(gang_points(steps), GANG_COSTS),
     }
     parts = {
         "bare": step_table(

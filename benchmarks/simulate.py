@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bare_exchange import sum_of_bytes
 from cluster import (
     Cluster,
     Direct,
@@ -30,7 +31,8 @@ from cluster import (
     ring,
     simulate,
 )
-from costs import Costs, Point, fit
+from costs import WEIGHT_BYTES, Costs, Point, fit
+from scaling import BARE_COSTS, GANG_COSTS
 
 from tfspark.train.pacing import Pacing
 
@@ -106,14 +108,15 @@ def check(content: dict[str, Any]) -> list[dict[str, Any]]:
     """
     found = []
     cores = content["machine"]["cores"]
-    for kind, points, measured in _measured(content):
-        few = fit([point for point in points if point.num_ranks <= 4])
+    for kind, points, names, measured in _measured(content):
+        every = fit(points, names)
+        few = fit([point for point in points if point.num_ranks <= 4], names)
         for (num_ranks, weights), step_s in measured.items():
             held_out = num_ranks > 4
             one_host = Cluster(num_ranks, ranks_per_host=num_ranks, cores=cores)
             simulated = [
                 _steps(one_host, costs, Workload("", weights, 0.0), Direct(rank_order)).step_s
-                for costs in (fit(points), few)
+                for costs in (every, few)
             ]
             found.append(
                 {
@@ -129,24 +132,29 @@ def check(content: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _measured(content: dict[str, Any]) -> list[tuple[str, list[Point], dict[Any, float]]]:
+def _measured(
+    content: dict[str, Any],
+) -> list[tuple[str, list[Point], tuple[str, ...], dict[Any, float]]]:
+    """(kind, points, names of their costs, wall-clock seconds by N and P) of each kind."""
     bare = [
-        Point(one["num_ranks"], one["weights"], 1, 0, sums, one[name])
+        Point(one["num_ranks"], one["weights"], 1, 0, sums, 1, one[name])
         for one in content["exchanges"]
         for sums, name in ((1, "scatter_cpu_s"), (0, "gather_cpu_s"))
     ]
     steps = [
-        Point(one["num_ranks"], one["weights"], 2, 1, 1, one["cpu_s"]) for one in content["steps"]
+        Point(one["num_ranks"], one["weights"], 2, 1, 1, 1, one["cpu_s"])
+        for one in content["steps"]
     ]
     return [
         (
             kind,
             points,
+            names,
             {(one["num_ranks"], one["weights"]): one["step_s"] for one in content[key]},
         )
-        for kind, points, key in (
-            ("bare exchange", bare, "exchanges"),
-            ("gang on Spark", steps, "steps"),
+        for kind, points, names, key in (
+            ("bare exchange", bare, BARE_COSTS, "exchanges"),
+            ("gang on Spark", steps, GANG_COSTS, "steps"),
         )
     ]
 
@@ -159,9 +167,20 @@ def cluster_costs(content: dict[str, Any]) -> Costs:
     """
     sockets = Costs(**content["costs"]["bare exchange"])
     gang = Costs(**content["costs"]["gang on Spark"])
-    # No point tells the fixed cost of a step from that of its two exchanges.
-    fixed_s = gang.step_s + 2 * gang.exchange_s - 2 * sockets.exchange_s
-    return replace(sockets, step_s=max(0.0, fixed_s), weight_s=gang.weight_s, shard_s=gang.shard_s)
+    # The costs of `gang` hold those of two exchanges and, as far as they passed sockets, of the
+    # bytes of each weight's two transfers.
+    passed = statistics.median(
+        one["sent_bytes"] / sum_of_bytes(one["num_ranks"], one["weights"])
+        for one in content["steps"]
+        if one["num_ranks"] > 1
+    )
+    moving_s = min(max(passed, 0.0), 1.0) * 2 * WEIGHT_BYTES * sockets.byte_s
+    return replace(
+        sockets,
+        step_s=max(0.0, gang.step_s - 2 * sockets.exchange_s),
+        others_s=max(sockets.others_s, gang.others_s - moving_s),
+        shard_s=gang.shard_s,
+    )
 
 
 def train(

@@ -120,10 +120,10 @@ class TestSteps:
         return simulate(cluster, costs, workload, exchange, wire or Wire(), steps, random)
 
     def test_a_step_is_two_exchanges_and_what_is_computed(self):
-        costs = Costs(step_s=0.5, weight_s=1e-3, shard_s=4e-3)
+        costs = Costs(step_s=0.5, others_s=1e-3, shard_s=5e-3)
         found = self.run(hosts(4, latency_s=L), Workload("m", 1000, 2.0), costs)
         exchange = 3 * 1000 / 4 * 4 / B + L
-        assert found.step_s == pytest.approx(2.0 + 2 * exchange + 0.5 + 1.0 + 1.0)
+        assert found.step_s == pytest.approx(2.0 + 2 * exchange + 0.5 + 0.75 + 1.25)
         assert found.compute_s == 2.0 and found.wait_s == pytest.approx(0)
         assert found.exchange_s == pytest.approx(2 * exchange)
         assert found.besides_s == pytest.approx(2.5)
