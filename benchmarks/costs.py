@@ -75,10 +75,10 @@ class Point:
 
     num_ranks: int
     weights: int
-    exchanges: int
-    steps: int
-    sums: int
-    shards: int
+    exchanges: float
+    steps: float
+    sums: float
+    shards: float
     cpu_s: float
 
 

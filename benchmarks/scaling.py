@@ -56,9 +56,12 @@ class Dense:
 
 
 def exchange_points(found: list[Exchange]) -> list[Point]:
-    """What `costs.fit` needs of the bare exchange: the gather sums nothing."""
+    """What `costs.fit` needs of the bare exchange.
+
+    The gather sums nothing; each exchange copies the own shard once, of two times a step.
+    """
     return [
-        Point(one.num_ranks, one.weights, 1, 0, sums, 1, cpu_s)
+        Point(one.num_ranks, one.weights, 1, 0, sums, 0.5, cpu_s)
         for one in found
         for sums, cpu_s in ((1, one.scatter_cpu_s), (0, one.gather_cpu_s))
     ]
@@ -263,6 +266,9 @@ def main() -> None:
     """Measures, prints tables, writes JSON, Markdown and PNG."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument(
+        "--spark-ranks", type=int, nargs="+", help="on Spark; default: as --ranks. 0.6 GB each"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="of every measurement")
     parser.add_argument("--blocks", type=int, default=5, help="of the dense net; 0: leave it out")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -284,11 +290,12 @@ def main() -> None:
 
     from tfspark import init_nncontext
 
-    slots = max(2, *options.ranks)
+    spark_ranks = options.spark_ranks or options.ranks
+    slots = max(2, *spark_ranks)
     context = init_nncontext(
         {"spark.ui.enabled": False}, app_name="scaling", master=f"local[{slots}]"
     )
-    steps = measure_gang(context, options.ranks, options.seconds)
+    steps = measure_gang(context, spark_ranks, options.seconds)
     dense = measure_dense(options.blocks, options.seconds / 4)
     machine = {
         "cores": cores,

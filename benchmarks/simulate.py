@@ -137,7 +137,7 @@ def _measured(
 ) -> list[tuple[str, list[Point], tuple[str, ...], dict[Any, float]]]:
     """(kind, points, names of their costs, wall-clock seconds by N and P) of each kind."""
     bare = [
-        Point(one["num_ranks"], one["weights"], 1, 0, sums, 1, one[name])
+        Point(one["num_ranks"], one["weights"], 1, 0, sums, 0.5, one[name])
         for one in content["exchanges"]
         for sums, name in ((1, "scatter_cpu_s"), (0, "gather_cpu_s"))
     ]
