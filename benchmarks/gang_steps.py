@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
-from pyspark import SparkContext
+from pyspark import BarrierTaskContext, SparkContext
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer, TrainSummary
 
@@ -62,14 +61,14 @@ def start_workers(context: SparkContext, count: int) -> None:
     Ranks wait for each other for a limited time, in which on few cores not many can load it.
     """
 
-    def load(rows: Iterable[int]) -> None:  # in here, because workers cannot import this file
+    def load(rows: Iterable[int]) -> Iterator[str]:  # in here: workers cannot import this file
         import tensorflow
 
-        assert tensorflow.__version__ and list(rows)
-        # Until all tasks of the job have a worker: one that is done would get the next task.
-        time.sleep(2.0)
+        yield f"{list(rows)} {tensorflow.__version__}"
+        # All end at the same time, for Spark ends a worker that has been idle for a minute.
+        BarrierTaskContext.get().barrier()
 
-    context.parallelize(range(count), count).foreachPartition(load)
+    context.parallelize(range(count), count).barrier().mapPartitions(load).count()
 
 
 class Gang:
