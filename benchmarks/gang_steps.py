@@ -65,7 +65,7 @@ def start_workers(context: SparkContext, count: int) -> None:
         import tensorflow
 
         yield f"{list(rows)} {tensorflow.__version__}"
-        # All end at the same time, for Spark ends a worker that has been idle for a minute.
+        # All end at the same time, so that none is idle while others still load.
         BarrierTaskContext.get().barrier()
 
     context.parallelize(range(count), count).barrier().mapPartitions(load).count()

@@ -84,20 +84,20 @@ def cast_s() -> float:
 
 
 def measure_gang(context: SparkContext, ranks: list[int], seconds: float) -> list[GangSteps]:
-    """Steps of `gang` for each number of ranks and each model, in the order of `ranks`."""
+    """Steps of `gang` for each number of ranks and each model."""
     from gang_steps import Gang, matrix, start_workers
 
     found = []
-    # The most ranks first: Spark ends workers that have been idle for a minute, and here none is.
-    for num_ranks in sorted(ranks, reverse=True):
-        start_workers(context, num_ranks)
+    for num_ranks in ranks:
         for width in WIDTHS.values():
+            # Right before they are used: Spark ends those that have been idle for a minute.
+            start_workers(context, num_ranks)
             # A row for each rank.
             gang = Gang(*matrix(width), batch=num_ranks, num_ranks=num_ranks)
             found.append(gang.measure(seconds))
             gang.close()
             _say(found[-1])
-    return sorted(found, key=lambda one: one.num_ranks)
+    return found
 
 
 def measure_dense(blocks: int, seconds: float) -> list[Dense]:
@@ -255,10 +255,12 @@ def plot(
 
 
 def _say(found: Any) -> None:
-    print({key: _short(value) for key, value in asdict(found).items()}, flush=True)
+    print(_short(asdict(found)), flush=True)
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
