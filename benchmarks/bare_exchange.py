@@ -53,14 +53,24 @@ class Exchange:
 
 
 def bare(num_ranks: int, sizes: Sequence[int], seconds: float) -> list[Exchange]:
-    """Exchanges of vectors of each size, with `sync/links.py` and `sync/collectives.py`.
+    """Exchanges of vectors of each size over sockets, by `sync/links.py` and `collectives.py`.
 
     Args:
         num_ranks: N.
         sizes: float32 elements of the vectors.
         seconds: how long each is repeated.
     """
-    found = on_ranks(num_ranks, _exchange_all, list(sizes), seconds)
+    return _means(num_ranks, sizes, on_ranks(num_ranks, _exchange_all, list(sizes), seconds))
+
+
+def bare_shared(num_ranks: int, sizes: Sequence[int], seconds: float) -> list[Exchange]:
+    """As `bare`, through memory that the ranks share, as those of a gang on one host do."""
+    return _means(num_ranks, sizes, on_ranks(num_ranks, _exchange_shared, list(sizes), seconds))
+
+
+def _means(
+    num_ranks: int, sizes: Sequence[int], found: list[list[tuple[float, ...]]]
+) -> list[Exchange]:
     return [
         Exchange(num_ranks, size, *np.mean([own[index] for own in found], axis=0).tolist())
         for index, size in enumerate(sizes)
@@ -153,6 +163,14 @@ def _exchange_all(
     rank: int, sockets: Mapping[int, socket.socket], sizes: list[int], seconds: float
 ) -> list[tuple[float, ...]]:
     with Links(rank, sockets) as links:
+        return [_exchange_one(links, sockets, size, seconds) for size in sizes]
+
+
+def _exchange_shared(
+    rank: int, sockets: Mapping[int, socket.socket], sizes: list[int], seconds: float
+) -> list[tuple[float, ...]]:
+    with Links(rank, sockets) as links:
+        links.share_memory(step=0, timeout_s=_PATIENCE_S)
         return [_exchange_one(links, sockets, size, seconds) for size in sizes]
 
 

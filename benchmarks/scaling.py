@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 # Spark and TensorFlow come later: every process of the bare exchange imports this file.
-from bare_exchange import Exchange, bare, raw_pair, shared_copy, sum_of_bytes
+from bare_exchange import Exchange, bare, bare_shared, raw_pair, shared_copy, sum_of_bytes
 from costs import Costs, Point, fit
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Dense:
 
     weights: int
     gang_s: float
-    bare_s: float
+    sockets_s: float
+    memory_s: float
     raw_pair_s: float
     shared_copy_s: float
 
@@ -121,6 +122,7 @@ def measure_dense(blocks: int, seconds: float) -> list[Dense]:
                 gang.weights,
                 gang.phases(8)["exchange"],
                 bare(2, [gang.weights], seconds)[0].step_s,
+                bare_shared(2, [gang.weights], seconds)[0].step_s,
                 raw_pair(slice_bytes, seconds),
                 shared_copy(slice_bytes, seconds),
             )
@@ -165,7 +167,8 @@ def dense_table(found: list[Dense]) -> str:
 
     names = {
         "`gang` on Spark": lambda one: one.gang_s,
-        "`Links` and `collectives` in plain processes": lambda one: one.bare_s,
+        "bare exchange through shared memory": lambda one: one.memory_s,
+        "bare exchange over sockets": lambda one: one.sockets_s,
         "one raw loopback socket pair": lambda one: one.raw_pair_s,
         "copies through shared memory": lambda one: one.shared_copy_s,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from bare_exchange import bare, on_ranks, raw_pair, shared_copy, sum_of_bytes
+from bare_exchange import bare, bare_shared, on_ranks, raw_pair, shared_copy, sum_of_bytes
 
 
 def test_bytes_of_a_step_by_hand():
@@ -22,6 +22,12 @@ def test_a_rank_receives_what_the_formula_says():
     assert 0 < headers < 2000
     assert small.received_bytes - 2 * 2 / 3 * 3_000 * 4 == pytest.approx(headers, abs=200)
     assert large.scatter_cpu_s > 0 and 0 < large.gather_s < large.step_s
+
+
+def test_through_shared_memory_only_headers_pass_sockets():
+    (found,) = bare_shared(2, [300_000], seconds=0.05)
+    assert 0 < found.received_bytes < 2000
+    assert found.scatter_cpu_s > 0
 
 
 def test_the_same_bytes_without_tfspark():
