@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,20 @@ def test_nothing_is_left_behind():
         for _ in range(20):
             on_all(links, lambda own: swap(own, {"x": np.zeros(LARGE)}))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_stays_until_slow_peers_have_read_it():
+    def run(links):
+        def place(*_):
+            if links.rank == 0:
+                time.sleep(0.3)  # long after the other has all it needs
+
+        large = np.full(LEAST_BYTES, links.rank, np.uint8)
+        outgoing = {peer: Message("gradient", links.rank, {}, {"x": large}) for peer in links.peers}
+        received = links.exchange(outgoing, phase="gradient", step=1, timeout_s=10, place=place)
+        found = [message.arrays["x"].tolist() for message in received.values()]
+        links.leave(step=1, timeout_s=10)
+        return found
+
+    with sharing(2) as links:
+        assert on_all(links, run) == [[[1] * LEAST_BYTES], [[0] * LEAST_BYTES]]

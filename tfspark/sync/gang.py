@@ -206,6 +206,8 @@ class _Round:
                     teller = _Teller(member)
                     gang.tell, gang.interrupted = teller.tell, teller.interrupted
                 state = gang.take_steps(state, self.plan)
+                patience_s = self.patience.limit_s(first=True)
+                member.links.leave(step=state.step, timeout_s=patience_s)
         self.news.add({rank: news_of(run, state)})
         yield encode(state_to_message(state))
 

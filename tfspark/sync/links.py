@@ -104,6 +104,21 @@ class Links:
         if self._readers:
             self._outbox = Outbox()
 
+    def leave(self, *, step: int, timeout_s: float) -> None:
+        """Waits until every peer has read what this rank has sent, and closes the connections.
+
+        A rank's memory goes with its links, and a peer opens it only when it reads. All ranks
+        have to call it at the same place of the program.
+
+        Args:
+            step, timeout_s: see `exchange`.
+        """
+        leaving = Message("leave", self.rank)
+        self.exchange(
+            dict.fromkeys(self.peers, leaving), phase="leave", step=step, timeout_s=timeout_s
+        )
+        self.close()
+
     def _tell_all(
         self, meta: Mapping[str, Any], step: int, timeout_s: float
     ) -> dict[int, Mapping[str, Any]]:
