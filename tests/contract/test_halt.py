@@ -53,3 +53,22 @@ def test_the_weights_are_those_before_the_bad_step(sc, engine, bad_row, step, op
         ).optimize(MaxIteration(step - 1))
     for ours, theirs in zip(trained.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+@pytest.mark.parametrize("bad_step", [1, 3])
+def test_a_sum_of_finite_gradients_that_overflows(sc, engine, owner, bad_step):
+    """Only the rank that owns the slice can see it, when the others have gone on."""
+    x = np.zeros((8, 2), np.float32)
+    # Two rows of each rank; every step takes one of each. The loss stays 0.
+    x[[bad_step - 1, 4 + bad_step - 1], owner] = 2e38
+    linear = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
+    linear.set_weights([np.zeros((2, 1), np.float32)])
+    linear.compile(keras.optimizers.SGD(0.1), lambda _, output: output[:, 0])
+    data = TFDataset.from_ndarrays((x, np.zeros(8, np.float32)), batch_size=2, shuffle=False)
+    optimizer = TFOptimizer.from_keras(linear, data, engine=engine, num_ranks=2, progress=False)
+    with pytest.raises(NonFiniteError, match="sum of gradients") as caught:
+        optimizer.optimize(MaxIteration(4))
+    assert (caught.value.rank, caught.value.step) == (owner, bad_step)
+    assert optimizer.step < bad_step
+    assert (linear.get_weights()[0] == 0).all()

@@ -17,6 +17,7 @@ from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.links import Links
 from tfspark.sync.rank import (
+    OVERFLOW,
     Contribution,
     RankProgram,
     Replica,
@@ -106,6 +107,8 @@ class GangRank:
                 # All others see it on the weights of this rank.
                 state = replace(state, halt=Halt("interrupt", state.step))
             state = self._step(state, rates, plan, last)
+            if state.halt and state.halt.what == OVERFLOW and not last:
+                continue  # this rank alone has seen it; its weights tell the others
             if state.halt:
                 break
             took = time.perf_counter() - started

@@ -29,6 +29,9 @@ from tfspark.graphdef.loader import array_of, load, op_error
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
 
+OVERFLOW = "sum of gradients"
+"""What was not finite where every rank's own part was: the owner of the slice alone sees it."""
+
 # The golden ratio in 64 bits: multiples of it are spread evenly, so ranks draw unrelated numbers.
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -400,7 +403,7 @@ class RankProgram:
     def _overflow(state: RankState, reduced: Reduced) -> Halt | None:
         if _all_finite(reduced.gradient):
             return None
-        return Halt("non_finite", state.step + 1, state.rank, "sum of gradients")
+        return Halt("non_finite", state.step + 1, state.rank, OVERFLOW)
 
     def evaluate(self, evaluation: Evaluation, replica: Replica, batches: Any) -> list[np.ndarray]:
         """The accumulators after all batches of this rank."""
@@ -530,16 +533,18 @@ def rank_ordered_sum(parts: Sequence[np.ndarray], size: int, dtype: str) -> np.n
     if len(parts) < 2:
         total[:] = parts[0] if parts else 0
         return total
-    np.add(parts[0], parts[1], out=total)
-    for part in parts[2:]:
-        total += part
+    with np.errstate(over="ignore"):  # a sum that is not finite is found, and named, later
+        np.add(parts[0], parts[1], out=total)
+        for part in parts[2:]:
+            total += part
     return total
 
 
 def _all_finite(values: np.ndarray) -> bool:
     # The cheapest pass over memory: a sum of squares is finite only if every term is. It may also
     # overflow; then every element is looked at.
-    return bool(np.isfinite(np.dot(values, values)) or np.isfinite(values).all())
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.dot(values, values)) or np.isfinite(values).all())
 
 
 def _shift_seed(value: np.ndarray, shift: int) -> np.ndarray:
