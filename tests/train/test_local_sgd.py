@@ -37,7 +37,7 @@ def compiled(make):
     model = make()
     rng = np.random.default_rng(5)
     model.set_weights([rng.normal(size=w.shape) if w.ndim == 2 else w for w in model.get_weights()])
-    model.compile(keras.optimizers.Adam(0.02), LOSS, metrics=["accuracy"])
+    model.compile(keras.optimizers.Adam(0.02), LOSS, metrics=["accuracy"], jit_compile=False)
     return model
 
 
