@@ -1,7 +1,7 @@
 """Steps of `gang` on 16 to 512 hosts with links of 10 and 25 Gbit/s, simulated from measured costs.
 
 Reads what `scaling.py` measured on one machine, checks the simulation against those points, and
-writes the tables and pictures of docs/scaling.md.
+writes docs/scaling.md: `scaling_page.md` with its tables filled in, and its pictures.
 
     python benchmarks/simulate.py  # a minute or two
     python benchmarks/simulate.py --ranks 16 64 --out /tmp/quick --page /tmp/scaling.md
@@ -458,7 +458,8 @@ def main() -> None:
     images.mkdir(exist_ok=True)
     plot_efficiency(found, ways, images / "scaling-efficiency.png")
     plot_steps(found, ways[0], images / "scaling-step-time.png")
-    options.page.write_text(fill(options.page.read_text(encoding="utf-8"), tables), "utf-8")
+    template = (ROOT / "benchmarks/scaling_page.md").read_text(encoding="utf-8")
+    options.page.write_text(fill(template, tables), "utf-8")
     if any(abs(one["error"]) > LIMIT for one in checked):
         raise SystemExit(f"Simulated points must be within {LIMIT:.0%} of the measured ones.")
 

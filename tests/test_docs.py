@@ -81,7 +81,7 @@ def test_the_examples_of_docstrings_are_right(run_script):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", "docs/migration.md", "docs/scaling.md"]
+    "page", ["README.md", "docs/guide.md", "docs/migration.md", "docs/large_batches.md"]
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page
