@@ -18,6 +18,8 @@ MB = 2**20
 _PROC = Path("/proc")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WATCH_S, _GRACE_S = 0.5, 3.0
+# The kernel walks all pages of a process to count those that it shares: not at every look.
+_LOOKS_PER_COUNT = 4
 _ERROR_LINES = 12
 
 
@@ -53,6 +55,7 @@ class Family:
     _members: dict[tuple[int, int], tuple[str, float]] = field(default_factory=dict)
     _sessions: set[int] = field(default_factory=set)
     _most: float = 0.0
+    _looks: int = 0
 
     def look(self) -> list[int]:
         """The members that live; remembers their peak memory."""
@@ -77,19 +80,25 @@ class Family:
                 living[stat.pid] = stat
                 if stat.session == stat.pid:
                     self._sessions.add(stat.pid)
+        counts = self._looks % _LOOKS_PER_COUNT == 0
+        self._looks += 1
+        total = 0.0
         for stat in living.values():
             key = stat.pid, stat.started
+            memory = _memory_mb(stat) if counts else 0.0
             # One that has just ended has no memory any more.
             _, former = self._members.get(key, ("", 0.0))
-            self._members[key] = (stat.name, max(former, _peak_mb(stat.pid)))
-        self._most = max(self._most, sum(stat.resident_mb for stat in living.values()))
+            self._members[key] = (stat.name, max(former, memory))
+            total += memory
+        self._most = max(self._most, total)
         return [pid for pid, stat in living.items() if stat.state != "Z"]
 
     def memory_mb(self) -> dict[str, float]:
-        """Peaks of resident memory (`VmHWM`), in MB.
+        """Peaks of resident memory, in MB, as seen every two seconds.
 
-        driver: of the root and of every JVM, added; worker: of the largest other process; all: the
-        largest sum at one time (pages that processes share count in each).
+        A page that several processes share counts for each by its part (`Pss`), so that sums are
+        what the machine holds. driver: of the root and of every JVM, added; worker: of the largest
+        other process; all: the largest sum at one time.
         """
         driver = sum(
             peak
@@ -219,9 +228,9 @@ def _processes() -> list[_Stat]:
     return found
 
 
-def _peak_mb(pid: int) -> float:
+def _memory_mb(stat: _Stat) -> float:
     with contextlib.suppress(OSError):
-        for line in (_PROC / str(pid) / "status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+        for line in (_PROC / str(stat.pid) / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
                 return int(line.split()[1]) / 1024
-    return 0.0
+    return stat.resident_mb

@@ -10,6 +10,9 @@ import tensorflow_steps
 from tfspark import MaxIteration, TFDataset, TFOptimizer, TrainSummary, init_nncontext
 
 PHASES = ("data", "gradient", "update", "exchange")
+# A block is a round, and a round of a long training is no shorter than this: what a round costs at
+# its start and its end has to weigh here what it weighs there.
+ROUND_S = 12.0
 
 
 def train(engine):
@@ -40,7 +43,13 @@ def train(engine):
         }
         return {"phase_seconds": shares}
 
-    measured = protocol.measure(options, run, watch=phases)
+    def fill(options, run, agree):
+        tried = protocol.steps_of_a_block(options, run, agree)
+        run(tried)
+        step_s = sum(phases(tried)["phase_seconds"].values())
+        return max(2, round(max(ROUND_S, options.seconds) / step_s))
+
+    measured = protocol.measure(options, run, watch=phases, fill=fill)
     sent = 2 * (options.workers - 1) / options.workers * 4 * trainable(model)
     protocol.answer(
         measured,

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from programs import joined
 
 from tfspark.data.spec import Field, RowSpec
 from tfspark.errors import ProgramError
@@ -31,7 +32,7 @@ def run(bound: Any, seed: int = 0) -> list[np.ndarray]:
     outputs = load(bound.program.graph)(
         bound.flat, *bound.state, *flat, np.int64(ROWS), np.int64(ROWS), np.array([seed, 0])
     )
-    return [output.numpy() for output in outputs]
+    return joined(bound.program, outputs)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, tf.function], ids=["plain", "tf.function"])

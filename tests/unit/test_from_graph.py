@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tf_slim as slim
+from programs import joined
 
 from tfspark.errors import ProgramError, UnsupportedRuleError
 from tfspark.graph.from_graph import initialize, program_from_loss
@@ -99,7 +100,7 @@ def call(bound: Any, flat: Any, state: Any, batch: Any, seed: int = 0) -> list[n
     columns = [batch[index] for index in bound.program.batch]
     rows = np.int64(len(batch[0]))
     outputs = load(bound.program.graph)(flat, *state, *columns, rows, rows, np.array([seed, 0]))
-    return [output.numpy() for output in outputs]
+    return joined(bound.program, outputs)
 
 
 @pytest.mark.parametrize("model", GRAPHS, ids=lambda model: model.__name__)

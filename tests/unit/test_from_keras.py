@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from programs import joined
 
 from tfspark.data.spec import Field, RowSpec
 from tfspark.errors import ProgramError
@@ -250,9 +251,10 @@ def run(
                 flat, *state, *(x[low:high] for x in batch),
                 np.int64(high - low), np.int64(ROWS), np.array([3, step]),
             )  # fmt: skip
-            loss += float(outputs[0])
-            gradient = gradient + outputs[1].numpy()
-            news.append([output.numpy() for output in outputs[2:]])
+            part_loss, part, *new_state = joined(bound.program, outputs)
+            loss += float(part_loss)
+            gradient = gradient + part
+            news.append(new_state)
         flat = (flat - RATE * gradient / ROWS).astype(flat.dtype)
         state = news[0]
         losses.append(loss / ROWS)

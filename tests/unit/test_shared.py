@@ -16,8 +16,17 @@ from mesh import AT, mesh, on_all, swap
 
 from tfspark.errors import TrainingError
 from tfspark.sync import shared
+from tfspark.sync.collectives import barrier
 from tfspark.sync.frames import Message
-from tfspark.sync.shared import LEAST_BYTES, Inbox, Outbox, Probe, Reference, can_read
+from tfspark.sync.shared import (
+    LEAST_BYTES,
+    Common,
+    Inbox,
+    Outbox,
+    Probe,
+    Reference,
+    can_read,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 LARGE = LEAST_BYTES  # elements of float32
@@ -129,6 +138,64 @@ def test_an_exchange_with_some_peers_takes_the_socket():
         first, second, _ = on_all(links, run)
     assert (first == 1).all() and (second == 0).all()
     assert first.flags.writeable
+
+
+def common(links, num_bytes=4096):
+    return links.common_memory(num_bytes, step=0, timeout_s=10)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_see_what_any_of_them_writes(size):
+    def run(links):
+        memory = common(links)
+        assert not memory.any()
+        barrier(links, **AT, timeout_s=10)
+        memory[links.rank :: size] = links.rank + 1
+        barrier(links, **AT, timeout_s=10)
+        return memory.copy()
+
+    with sharing(size) as links:
+        seen = on_all(links, run)
+    for memory in seen:
+        assert memory.tolist() == [i % size + 1 for i in range(4096)]
+
+
+def test_common_memory_outlives_the_links():
+    with sharing(2) as links:
+        left, right = on_all(links, common)
+    left[0] = 7
+    assert right[0] == 7
+
+
+def test_all_have_common_memory_or_none(monkeypatch):
+    joined = Common.joined
+
+    def joined_but_for_one(description, num_bytes):
+        tried.append(description)
+        return joined(description, num_bytes) if len(tried) > 1 else None
+
+    with sharing(3) as links:
+        tried = []
+        monkeypatch.setattr(Common, "joined", joined_but_for_one)
+        assert on_all(links, common) == [None, None, None]
+        monkeypatch.undo()
+        links[0]._readers = frozenset({1})  # as if rank 2 were on another host
+        assert on_all(links, common) == [None, None, None]
+
+
+def test_common_memory_without_sharing_is_refused_by_all():
+    with mesh(2) as links:
+        assert on_all(links, common) == [None, None]
+
+
+def test_common_memory_of_another_size_is_not_joined():
+    made = Common(4096)
+    assert Common.joined(made.description, 4096) is not None
+    assert Common.joined(made.description, 8192) is None
+    assert Common.joined({"process": os.getpid()}, 4096) is None
+    assert Common.joined(None, 4096) is None
+    made.close()
+    assert Common.joined(made.description, 4096) is None
 
 
 READER = """

@@ -115,7 +115,7 @@ def assemble(step: Step) -> Program:
         loss, *outputs = call(step.graph, [*batch, *weights, *states, *rest])
         gradients = [tf.reshape(gradient, [-1]) for gradient in outputs[: counts[1]]]
         new_state = outputs[2 * counts[1] : 2 * counts[1] + counts[2]]
-        return [loss, tf.concat(gradients, 0), *new_state]
+        return [loss, *gradients, *new_state]
 
     signature = [tf.TensorSpec([size], dtype), *state, *step_signature(infos)]
     graph = trace_graph(program, signature, ordered=False)

@@ -85,8 +85,9 @@ class Program:
     1. `loss_sum`, scalar of `dtype`: the loss of this rank's rows times the divisor, so that the
        sum over ranks divided by `global_rows` is the loss of the global batch. For a loss that is
        a mean over rows this is `loss * rows`; for one that is a sum, `loss * global_rows`.
-    2. `gradient_sum` `[P]`: the gradient of `loss_sum` with respect to `flat`, so that the sum
-       over ranks divided by `global_rows` is the gradient of the global batch's loss.
+    2. the gradient of `loss_sum` with respect to `flat`, in pieces: one `[weight.size]` per entry
+       of `weights`. The sum over ranks divided by `global_rows` is the gradient of the global
+       batch's loss. Whoever calls the program joins them where they are needed.
     3. the new model state, one tensor per entry of `state`.
 
     Attributes:

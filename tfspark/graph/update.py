@@ -286,7 +286,7 @@ class _Given:
             for i, slot in enumerate(slots)
         ]
         self.inputs = [self.shard, gradient_sum, divisor, scale, self.rate, *self.held]
-        self.gradient = gradient_sum / tf.cast(divisor, dtype) * scale
+        self.gradient = gradient_sum * (scale / tf.cast(divisor, dtype))
         if clip_value is not None:
             self.gradient = tf.clip_by_value(self.gradient, *clip_value)
         if every:

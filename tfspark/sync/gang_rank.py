@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.links import Links
 from tfspark.sync.rank import (
-    OVERFLOW,
     Contribution,
     RankProgram,
     Replica,
     gradient_message,
     shard_message,
 )
+from tfspark.sync.shared import LEAST_BYTES
 
 
 @dataclass
@@ -75,6 +75,9 @@ class GangRank:
     tell: Callable[[StepRecord], None] | None = None
     interrupted: Callable[[], bool] | None = None
 
+    # Whether every rank has done with the weights of a step before any rank has those of the next.
+    _in_step = True
+
     def __init__(
         self,
         program: RankProgram,
@@ -87,28 +90,30 @@ class GangRank:
         self._links = links
         self._patience = patience
         self._compiling = True
-
-    @cached_property
-    def _whole(self) -> np.ndarray | None:
+        # The owner of a slice may be the only one to see that its sum is not finite. The others go
+        # on and hear of it with its weights, or at the end of the round; then they go back.
+        self._alone = False
+        self._before: RankState | None = None
         # With one group, the padded shards one after the other are the flat vector: they are
         # received into their place.
-        run, layout = self._program.run, self._program.run.layout
-        if layout.num_groups > 1:
-            return None
-        return aligned_empty(layout.num_ranks * layout.shard_size, run.compression.dtype)
+        self._whole: np.ndarray | None = None
+        # Where all ranks share memory, that place and the gradients of all ranks lie there.
+        self._shares_weights = False
+        self._gradients: np.ndarray | None = None  # [num_ranks, padded P]
 
     def take_steps(self, state: RankState, plan: RoundPlan) -> RankState:
         """The state after the steps of a plan, or after the one that halted."""
         self._begin(state.step)
+        self._make_room(state.step + 1)
         for index, rates in enumerate(plan.learning_rates):
             last = index + 1 == plan.num_steps
             started = time.perf_counter()
-            if self.interrupted and self.interrupted():
+            if self.interrupted and self.interrupted() and not self._alone:
                 # All others see it on the weights of this rank.
                 state = replace(state, halt=Halt("interrupt", state.step))
             state = self._step(state, rates, plan, last)
-            if state.halt and state.halt.what == OVERFLOW and not last:
-                continue  # this rank alone has seen it; its weights tell the others
+            if self._alone:
+                continue
             if state.halt:
                 break
             took = time.perf_counter() - started
@@ -130,16 +135,36 @@ class GangRank:
         )
         self._compiling = any(new)
 
+    def _make_room(self, step: int) -> None:
+        run, layout = self._program.run, self._program.run.layout
+        padded = layout.num_ranks * layout.shard_size
+        gradients = self._common((layout.num_ranks, padded), layout.dtype, step)
+        self._gradients = gradients
+        if layout.num_groups == 1:
+            whole = self._common((padded,), run.compression.dtype, step)
+            self._shares_weights = whole is not None
+            self._whole = aligned_empty(padded, run.compression.dtype) if whole is None else whole
+
+    def _common(
+        self, shape: tuple[int, ...], dtype: str | np.dtype, step: int
+    ) -> np.ndarray | None:
+        """Zeros that all ranks read and write; None where there are none."""
+        dtype = np.dtype(dtype)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if not self._in_step or num_bytes < LEAST_BYTES:
+            return None
+        memory = self._links.common_memory(num_bytes, step=step, timeout_s=self._limit_s)
+        return None if memory is None else memory.view(dtype).reshape(shape)
+
     def _step(
         self, state: RankState, rates: tuple[float, ...], plan: RoundPlan, last: bool
     ) -> RankState:
         program, step = self._program, state.step
         run = program.run
         shards = self._gather_shards(state)
-        halt = next((m.meta["halt"] for m in shards if m.meta["halt"]), None)
-        if halt:
-            # Only the owner of a slice sees that its sum overflowed; the others hear of it here.
-            return replace(state, halt=Halt(**halt))
+        halts = [message.meta["halt"] for message in shards]
+        if any(halts):
+            return self._ended(state, halts)
         contribution = self._contribution(step, shards, None if last else step + 1)
         reduced = program.reduce(self._reduce_scatter(contribution, step))
         sums: dict[str, np.ndarray] = {}
@@ -151,14 +176,48 @@ class GangRank:
                 step=step + 1,
                 timeout_s=self._limit_s,
             )
-        return program.apply(state, reduced, rates, sums, plan.stop)
+        after = program.apply(state, reduced, rates, sums, plan.stop)
+        if reduced.halt:
+            return after
+        self._before = state
+        self._alone = after.halt is not None and after.halt.kind == "non_finite"
+        if last:
+            halts = all_gather_small(
+                self._links,
+                asdict(after.halt) if after.halt and self._alone else None,
+                phase="end",
+                step=step + 1,
+                timeout_s=self._limit_s,
+            )
+            if any(halts):
+                return self._ended(after, halts)
+        return after
+
+    def _ended(self, state: RankState, halts: Sequence[dict[str, Any] | None]) -> RankState:
+        """The state in which all ranks end the round, as some of them have said."""
+        self._alone = False
+        found = [Halt(**halt) for halt in halts if halt]
+        halt = next((halt for halt in found if halt.kind == "non_finite"), found[0])
+        if halt.kind == "non_finite" and state.step >= halt.step:
+            assert self._before is not None, "the step was taken in this round"
+            state = self._before
+        return replace(state, halt=halt)
 
     def _contribution(
         self, step: int, shards: list[Message], next_step: int | None
     ) -> Contribution:
         """Of this rank to a step counted from 0; `next_step`: None in the last one of a round."""
+        rank, size = self._links.rank, self._program.run.layout.size
+        # Its reader has summed what lay there: this rank has the weights that came of it.
+        into = None if self._gradients is None else self._gradients[rank, :size]
         return self._program.contribute(
-            self._links.rank, step, self._replica(shards), self._reader, next_step
+            rank,
+            step,
+            self._replica(shards),
+            self._reader,
+            next_step,
+            into,
+            check_gradient=False,
         )
 
     def _gather_shards(self, state: RankState) -> list[Message]:
@@ -171,7 +230,12 @@ class GangRank:
         def place(source: int, kind: str, name: str, *_: object) -> np.ndarray | None:
             return whole[source * size : (source + 1) * size] if name == "shard" else None
 
+        # In common memory nobody reads the weights of the step before any more: this rank has the
+        # gradients that all others made of them.
         whole[state.rank * size : (state.rank + 1) * size] = own.arrays["shard"]
+        if self._shares_weights:
+            rest = {name: array for name, array in own.arrays.items() if name != "shard"}
+            own = replace(own, arrays=rest)
         return self._all_to_all(own, "weights", state.step, place)
 
     def _replica(self, shards: list[Message]) -> Replica:
@@ -184,11 +248,32 @@ class GangRank:
 
     def _reduce_scatter(self, contribution: Contribution, step: int) -> list[Message]:
         """The "gradient" messages of all ranks for this rank's slice, by rank."""
-        run, rank = self._program.run, contribution.rank
-        outgoing = {peer: gradient_message(run, contribution, peer) for peer in self._links.peers}
-        received = self._exchange(outgoing, "gradient", step)
-        received[rank] = gradient_message(run, contribution, rank)
-        return [received[source] for source in range(run.num_ranks)]
+        run, rank, shared = self._program.run, contribution.rank, self._gradients
+        messages = {
+            owner: gradient_message(run, contribution, owner, with_gradient=shared is None)
+            for owner in range(run.num_ranks)
+        }
+        own = messages.pop(rank)
+        received = {**self._exchange(messages, "gradient", step), rank: own}
+        parts = [received[source] for source in range(run.num_ranks)]
+        if shared is None:
+            return parts
+        return [
+            replace(part, arrays={**part.arrays, "gradient": self._slice_of(shared[part.source])})
+            if part.meta["rows"]
+            else part
+            for part in parts
+        ]
+
+    def _slice_of(self, padded: np.ndarray) -> np.ndarray:
+        """This rank's slice of a gradient, as it would have come in a message."""
+        run, rank = self._program.run, self._links.rank
+        layout = run.layout
+        if layout.num_groups == 1:
+            part = padded[rank * layout.shard_size : (rank + 1) * layout.shard_size]
+        else:
+            part = layout.shard(padded[: layout.size], rank)
+        return run.compression.gradient(part)
 
     def _all_to_all(
         self, own: Message, phase: str, step: int, place: Callable[..., Any] | None = None

@@ -18,9 +18,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from tfspark.errors import InvalidInputError, PeerLostError, TrainingError
 from tfspark.sync.frames import Message
-from tfspark.sync.shared import Inbox, Outbox, Probe, can_read, is_supported
+from tfspark.sync.shared import Common, Inbox, Outbox, Probe, can_read, is_supported
 from tfspark.sync.stream import Place, decode, encode
 
 # Far below the limit of the system (1024 on Linux), and more than a message of a step has arrays.
@@ -103,6 +105,36 @@ class Links:
         self._readers = frozenset(p for p, meta in answers.items() if self.rank in meta["seen"])
         if self._readers:
             self._outbox = Outbox()
+
+    def common_memory(self, num_bytes: int, *, step: int, timeout_s: float) -> np.ndarray | None:
+        """Memory that all ranks read and write, each in its own process.
+
+        What a rank has written, a peer may read as soon as it has a message that was sent
+        afterwards. All ranks have to call it at the same place of the program.
+
+        Args:
+            num_bytes: the same on all ranks; greater than 0.
+            step, timeout_s: see `exchange`.
+
+        Returns:
+            uint8 `[num_bytes]`, zeros at first, good for as long as the array is kept. None on all
+            ranks where some cannot share memory.
+        """
+        makes = self.rank == 0 and self._readers == self._sockets.keys()
+        common = Common(num_bytes) if makes else None
+        try:
+            shown = self._tell_all(
+                {"common": common.description if common else None}, step, timeout_s
+            )
+            if self.rank == 0:
+                memory = common.memory if common else None
+            else:
+                memory = Common.joined(shown[0]["common"], num_bytes)
+            answers = self._tell_all({"joined": memory is not None}, step, timeout_s)
+        finally:
+            if common:
+                common.close()
+        return memory if all(answer["joined"] for answer in answers.values()) else None
 
     def leave(self, *, step: int, timeout_s: float) -> None:
         """Waits until every peer has read what this rank has sent, and closes the connections.

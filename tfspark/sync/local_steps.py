@@ -203,6 +203,8 @@ class LocalRank(GangRank):
             halt=contribution.halt,
             seconds=contribution.seconds,
             left_out=(),
+            is_finite=True,  # or its halt says so
+            culprit=None,
         )
         sums: dict[str, np.ndarray] = {}
         for kind in () if reduced.halt else program.run.sums:

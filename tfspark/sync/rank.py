@@ -29,9 +29,6 @@ from tfspark.graphdef.loader import array_of, load, op_error
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
 
-OVERFLOW = "sum of gradients"
-"""What was not finite where every rank's own part was: the owner of the slice alone sees it."""
-
 # The golden ratio in 64 bits: multiples of it are spread evenly, so ranks draw unrelated numbers.
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -86,6 +83,9 @@ class Reduced:
         halt: found by any rank.
         seconds: by phase, the slowest rank's.
         left_out: ranks whose rows are not in the sums.
+        is_finite: whether every element of `gradient` is a finite number.
+        culprit: where one is not, the first rank with such a number in its own part; None where the
+            sum of finite parts overflowed.
     """
 
     rows: int
@@ -96,6 +96,8 @@ class Reduced:
     halt: Halt | None
     seconds: dict[str, float]
     left_out: tuple[int, ...]
+    is_finite: bool
+    culprit: int | None
 
 
 class RankProgram:
@@ -149,6 +151,8 @@ class RankProgram:
         replica: Replica,
         reader: BatchReader,
         next_step: int | None = None,
+        into: np.ndarray | None = None,
+        check_gradient: bool = True,
     ) -> Contribution:
         """The gradient of this rank's rows of a step.
 
@@ -158,6 +162,9 @@ class RankProgram:
             replica: weights and model state before the step.
             reader: of the rank's rows.
             next_step: whose rows to read in the background meanwhile.
+            into: `[P]`, where the gradient is to lie; None: anywhere.
+            check_gradient: halt where it is not finite. It costs a pass over the gradient; whoever
+                sums slices sees it too, but only in his own.
         """
         run = self.run
         _, step_in_epoch = run.order.locate(step)
@@ -172,11 +179,12 @@ class RankProgram:
         read = time.perf_counter()
         parts = min(run.accumulation_steps, rows)
         bounds = np.linspace(0, rows, parts + 1).astype(int)
-        loss_sum, gradient, state = 0.0, None, replica.state
+        gradient = aligned_empty(run.layout.size, run.layout.dtype) if into is None else into
+        loss_sum, state = 0.0, replica.state
         for part in range(parts):
             low, high = bounds[part], bounds[part + 1]
             with _batch_errors(rank=rank, step=step + 1):
-                part_loss, part_gradient, state = self._call(
+                part_loss, pieces, state = self._call(
                     rank,
                     step * run.accumulation_steps + part,
                     replica.flat,
@@ -186,8 +194,10 @@ class RankProgram:
                     global_rows,
                 )
             loss_sum += part_loss
-            gradient = part_gradient if gradient is None else gradient + part_gradient
-        assert gradient is not None
+            if part == 0:
+                np.concatenate(pieces, out=gradient)
+            else:
+                gradient += np.concatenate(pieces)
         done = time.perf_counter()
         leader = next(r for r, count in enumerate(rows_by_rank) if count)
         return Contribution(
@@ -198,7 +208,7 @@ class RankProgram:
             mean=run.state_layout.pack(state) * rows,
             first=[state[i] for i in run.state_layout.first],
             leads=rank == leader,
-            halt=_finite(rank, step, loss_sum, gradient),
+            halt=_non_finite(rank, step, loss_sum, gradient if check_gradient else None),
             seconds={"data": read - started, "gradient": done - read},
         )
 
@@ -211,8 +221,9 @@ class RankProgram:
         batch: Sequence[Any],
         rows: int,
         global_rows: int,
-    ) -> tuple[float, np.ndarray, list[np.ndarray]]:
-        run = self.run
+    ) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
+        """The loss, the pieces of the gradient and the new model state."""
+        run, count = self.run, len(self.run.program.weights)
         shifted = [
             _shift_seed(value, rank) if slot.kind == "seed" else value
             for slot, value in zip(run.program.state, state, strict=True)
@@ -229,10 +240,10 @@ class RankProgram:
         new_state = [
             _shift_seed(value, -rank) if slot.kind == "seed" else value
             for slot, value in zip(
-                run.program.state, (output.numpy() for output in outputs[2:]), strict=True
+                run.program.state, (output.numpy() for output in outputs[1 + count :]), strict=True
             )
         ]
-        return float(outputs[0]), array_of(outputs[1]), new_state
+        return float(outputs[0]), [array_of(piece) for piece in outputs[1 : 1 + count]], new_state
 
     def reduce(self, parts: Sequence[Message]) -> Reduced:
         """Sums the "gradient" messages of all ranks for one slice, given by rank.
@@ -242,6 +253,7 @@ class RankProgram:
         layout, state_layout = self.run.layout, self.run.state_layout
         compression, gradients = self.run.compression, []
         mean = np.zeros(state_layout.slice_size, np.float64)
+        sources: list[int] = []
         rows, loss_sum, first, halt = 0, 0.0, [], None
         seconds: dict[str, float] = {}
         for message in parts:
@@ -253,15 +265,29 @@ class RankProgram:
                 seconds[phase] = max(seconds.get(phase, 0.0), value)
             if "gradient" in message.arrays:
                 gradients.append(compression.restored(message.arrays["gradient"]))
+                sources.append(message.source)
                 mean += message.arrays["mean"]
             if "first0" in message.arrays:
                 first = [message.arrays[f"first{i}"] for i in range(len(state_layout.first))]
         gradient = rank_ordered_sum(gradients, layout.shard_size, layout.dtype)
         if compression.gradient_scale != 1.0:
             gradient *= compression.gradient_scale
-        left_out = tuple(message.source for message in parts if message.meta["left_out"])
-        mean = mean / max(rows, 1)
-        return Reduced(rows, loss_sum, gradient, mean, first, halt, seconds, left_out)
+        is_finite, culprit = _all_finite(gradient), None
+        if not is_finite:
+            each = zip(sources, gradients, strict=True)
+            culprit = next((source for source, part in each if not _all_finite(part)), None)
+        return Reduced(
+            rows=rows,
+            loss_sum=loss_sum,
+            gradient=gradient,
+            mean=mean / max(rows, 1),
+            first=first,
+            halt=halt,
+            seconds=seconds,
+            left_out=tuple(message.source for message in parts if message.meta["left_out"]),
+            is_finite=is_finite,
+            culprit=culprit,
+        )
 
     def tensor_sums(
         self,
@@ -317,7 +343,7 @@ class RankProgram:
             sums: over whole tensors and all ranks, of every kind in `Run.sums`; none after a halt.
             stop: see `RoundPlan`; every rank gets the same answer, so all halt together.
         """
-        halt = state.halt or reduced.halt or self._overflow(state, reduced)
+        halt = state.halt or reduced.halt or _non_finite_sum(state, reduced)
         if halt:
             return replace(state, halt=halt)
         self.has_stepped = True
@@ -399,12 +425,6 @@ class RankProgram:
         )
         return (factor * per_element[layout.group_slice(group)]).astype(layout.dtype)
 
-    @staticmethod
-    def _overflow(state: RankState, reduced: Reduced) -> Halt | None:
-        if _all_finite(reduced.gradient):
-            return None
-        return Halt("non_finite", state.step + 1, state.rank, OVERFLOW)
-
     def evaluate(self, evaluation: Evaluation, replica: Replica, batches: Any) -> list[np.ndarray]:
         """The accumulators after all batches of this rank."""
         call = load(evaluation.graph)
@@ -450,13 +470,22 @@ def shard_message(state: RankState, run: Run | None = None) -> Message:
     )
 
 
-def gradient_message(run: Run, contribution: Contribution, owner: int) -> Message:
-    """What a rank tells the owner of a slice: its part of the sums."""
+def gradient_message(
+    run: Run, contribution: Contribution, owner: int, *, with_gradient: bool = True
+) -> Message:
+    """What a rank tells the owner of a slice: its part of the sums.
+
+    Args:
+        run, contribution: of the rank.
+        owner: of the slice.
+        with_gradient: false where the owner can read the gradient in memory.
+    """
     arrays = _numbered("first", contribution.first) if contribution.leads else {}
     if contribution.gradient is not None and contribution.mean is not None:
-        arrays["gradient"] = run.compression.gradient(
-            run.layout.shard(contribution.gradient, owner)
-        )
+        if with_gradient:
+            arrays["gradient"] = run.compression.gradient(
+                run.layout.shard(contribution.gradient, owner)
+            )
         arrays["mean"] = run.state_layout.slice_of(contribution.mean, owner)
     return Message(
         "gradient",
@@ -519,12 +548,21 @@ def rank_program(run: Run) -> RankProgram:
     return program
 
 
-def _finite(rank: int, step: int, loss_sum: float, gradient: np.ndarray) -> Halt | None:
+def _non_finite(rank: int, step: int, loss_sum: float, gradient: np.ndarray | None) -> Halt | None:
     if not np.isfinite(loss_sum):
         return Halt("non_finite", step + 1, rank, "loss")
-    if not _all_finite(gradient):
+    if gradient is not None and not _all_finite(gradient):
         return Halt("non_finite", step + 1, rank, "gradient")
     return None
+
+
+def _non_finite_sum(state: RankState, reduced: Reduced) -> Halt | None:
+    """What only the owner of a slice sees."""
+    if reduced.is_finite:
+        return None
+    if reduced.culprit is not None:
+        return Halt("non_finite", state.step + 1, reduced.culprit, "gradient")
+    return Halt("non_finite", state.step + 1, state.rank, "sum of gradients")
 
 
 def rank_ordered_sum(parts: Sequence[np.ndarray], size: int, dtype: str) -> np.ndarray:

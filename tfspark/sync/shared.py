@@ -4,6 +4,9 @@ The sender copies an array into memory of its own (`Outbox`) and says in a messa
 receiver (`Inbox`) reads it there. That is one copy instead of the two into and out of the kernel.
 The message itself still goes over the socket: whoever has received it may read.
 
+What every rank changes a part of and reads the whole of need not be copied at all: it lies once, in
+memory that all of them write to (`Common`).
+
 The memory is a `memfd` of Linux: it has no name that could clash or be left behind, the kernel
 frees it when the last process that maps it has gone, and only processes of the same user can open
 it, by way of `/proc`. Where that does not work (another host, another container, another system),
@@ -157,6 +160,37 @@ class Outbox:
         self._segments = [None, None]
 
 
+class Common:
+    """Memory that one rank makes and all ranks on its host read and write. It starts as zeros.
+
+    Args:
+        num_bytes: of it; greater than 0.
+    """
+
+    def __init__(self, num_bytes: int):
+        self._segment = _Segment(num_bytes)
+        self.memory = self._segment.memory
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For `joined`, as JSON holds it."""
+        return {"process": os.getpid(), "descriptor": self._segment.descriptor}
+
+    @staticmethod
+    def joined(description: Any, num_bytes: int) -> np.ndarray | None:
+        """The memory that a `Common` of another process describes; None where it cannot be had."""
+        match description:
+            case {"process": int() as process, "descriptor": int() as descriptor}:
+                with contextlib.suppress(OSError, ValueError):
+                    memory = _mapped(process, descriptor, writable=True)
+                    return memory if len(memory) == num_bytes else None
+        return None
+
+    def close(self) -> None:
+        """After all others have joined: the memory stays until the last array of it has gone."""
+        self._segment.close()
+
+
 class Inbox:
     """The memory of one peer, as this rank reads it.
 
@@ -198,8 +232,8 @@ def _padded(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def _mapped(process: int, descriptor: int) -> np.ndarray:
-    """The memory behind a descriptor of another process, read-only.
+def _mapped(process: int, descriptor: int, *, writable: bool = False) -> np.ndarray:
+    """The memory behind a descriptor of another process.
 
     Raises:
         OSError: it cannot be opened.
@@ -209,12 +243,13 @@ def _mapped(process: int, descriptor: int) -> np.ndarray:
     # The number may belong to anything: what is opened must not block, nor be changed by that.
     if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
         raise ValueError(f"{path} is no memory of a rank")
-    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    opened = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     try:
         status = os.fstat(opened)
         sealed = fcntl.fcntl(opened, fcntl.F_GET_SEALS)
         if not stat.S_ISREG(status.st_mode) or sealed & _SEALS != _SEALS:
             raise ValueError(f"{path} could change its size")
-        return np.frombuffer(mmap.mmap(opened, status.st_size, prot=mmap.PROT_READ), np.uint8)
+        access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return np.frombuffer(mmap.mmap(opened, status.st_size, prot=access), np.uint8)
     finally:
         os.close(opened)

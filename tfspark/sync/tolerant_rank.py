@@ -39,6 +39,8 @@ class TolerantRank(GangRank):
         program, reader, links, patience: see `GangRank`.
     """
 
+    _in_step = False  # a rank that was left out may still read weights of steps ago
+
     def __init__(self, program: RankProgram, reader: BatchReader, links: Links, patience: Patience):
         super().__init__(program, reader, links, patience)
         assert program.run.leave_out is not None, "the caller chooses this class by it"
