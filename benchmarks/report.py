@@ -173,8 +173,8 @@ def page(content: Mapping[str, Any]) -> str:
         f"{machine}.",
         "Ratios are to plain TensorFlow (`tf.function`) measured before and after each side. "
         "Memory is peak resident memory: of the driver with its JVMs, of the largest worker, and "
-        "the largest sum of all processes at one time; what processes share counts once. In brackets: a ratio that does not count, "
-        "because the workers ended with different weights.",
+        "the largest sum of all processes at one time; what processes share counts once. In "
+        "brackets: a ratio that does not count, because the workers ended with different weights.",
     ]
     for (workload, batch), units in cells(content["units"]).items():
         parts += [f"### {workload}, batch {batch}", table(rows(units))]

@@ -159,6 +159,14 @@ def slots(context: SparkContext) -> int:
     return registered
 
 
+def busy_slots(context: SparkContext) -> int:
+    """How many tasks of the application run right now, whoever started them."""
+    tracker = context.statusTracker()
+    # A stage may end between the two questions.
+    stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+    return sum(stage.numActiveTasks for stage in stages if stage)
+
+
 def task_threads(context: SparkContext) -> int:
     """TensorFlow threads of one task: the cores that Spark gives it, `spark.task.cpus`."""
     return int(context.getConf().get("spark.task.cpus", "1"))

@@ -1,6 +1,8 @@
 """One clear error, before any training where that is possible, and nothing is lost."""
 
 import re
+import threading
+import time
 
 import keras
 import numpy as np
@@ -274,11 +276,46 @@ def test_the_setting_of_an_application(sc, monkeypatch):
         choose_engine("auto", Context("gangs"), 2)
     assert choose_engine("auto", sc, 4) == "gang"
     assert choose_engine("auto", sc, 5) == "shuffle"
-    with pytest.raises(InvalidInputError, match=r"4 task slots for 5 ranks.*shuffle"):
+    with pytest.raises(
+        InvalidInputError, match=r"4 task slots, \d of them free now, for 5 ranks.*shuffle"
+    ):
         choose_engine("gang", sc, 5)
     assert choose_engine("auto", None, 2) == "local"
     with pytest.raises(InvalidInputError, match=r"no active SparkContext.*init_nncontext\(\)"):
         choose_engine("shuffle", None, 2)
+
+
+def test_slots_that_other_jobs_hold_are_counted(sc, caplog, tmp_path):
+    def hold(partition, rows):  # until the file is there
+        import os
+        import time
+
+        (folder / f"begun-{partition}").touch()
+        deadline = time.monotonic() + 60
+        while not os.path.exists(folder / "end") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return rows
+
+    folder = tmp_path
+    job = threading.Thread(
+        target=sc.parallelize(range(3), 3).mapPartitionsWithIndex(hold).count, daemon=True
+    )
+    job.start()
+    try:
+        while len(list(folder.glob("begun-*"))) < 3:
+            assert job.is_alive()
+            time.sleep(0.05)
+        with pytest.raises(InvalidInputError, match=r"4 task slots, 1 of them free now, for 5 "):
+            choose_engine("gang", sc, 5)
+        with caplog.at_level("INFO", logger="tfspark"):
+            assert choose_engine("auto", sc, 2) == "gang"
+            assert choose_engine("auto", sc, 1) == "gang"
+    finally:
+        (folder / "end").touch()
+        job.join()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "all 2 ranks at the same time (free now: 1, a round waits for the others)" in first
+    assert second.endswith("all 1 ranks at the same time.")
 
 
 @pytest.mark.parametrize("engine", ["local", "shuffle", "gang"])

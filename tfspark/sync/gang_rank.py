@@ -94,6 +94,9 @@ class GangRank:
         # on and hear of it with its weights, or at the end of the round; then they go back.
         self._alone = False
         self._before: RankState | None = None
+        # The same memory in every step: to get that of large sums from the system takes longer than
+        # to add them.
+        self._sum = aligned_empty(program.run.layout.shard_size, program.run.layout.dtype)
         # With one group, the padded shards one after the other are the flat vector: they are
         # received into their place.
         self._whole: np.ndarray | None = None
@@ -166,7 +169,7 @@ class GangRank:
         if any(halts):
             return self._ended(state, halts)
         contribution = self._contribution(step, shards, None if last else step + 1)
-        reduced = program.reduce(self._reduce_scatter(contribution, step))
+        reduced = program.reduce(self._reduce_scatter(contribution, step), self._sum)
         sums: dict[str, np.ndarray] = {}
         for kind in () if reduced.halt else run.sums:
             sums[kind] = all_reduce_sum(

@@ -210,7 +210,10 @@ class Links:
                     partial(TrainingError, **where, peer=peer),
                 ),
             )
-            for peer, message in outgoing.items()
+            # The next rank first: where all begin with rank 0, its link alone is busy.
+            for peer, message in sorted(
+                outgoing.items(), key=lambda item: (item[0] - self.rank) % self.size
+            )
         }
         # poll, not epoll: no file descriptor and no system call to set it up for every exchange.
         with selectors.PollSelector() as selector:
@@ -238,7 +241,7 @@ class Links:
                     deadline = time.monotonic() + timeout_s
                 elif time.monotonic() >= deadline:
                     raise _silent(channels, sorted(unfinished), timeout_s, where)
-        return {peer: channel.received() for peer, channel in channels.items()}
+        return {peer: channels[peer].received() for peer in outgoing}
 
     def _hear(self, where: Mapping[str, Any]) -> None:
         assert self._on_control is not None, "control comes with on_control"

@@ -245,10 +245,14 @@ class RankProgram:
         ]
         return float(outputs[0]), [array_of(piece) for piece in outputs[1 : 1 + count]], new_state
 
-    def reduce(self, parts: Sequence[Message]) -> Reduced:
-        """Sums the "gradient" messages of all ranks for one slice, given by rank.
+    def reduce(self, parts: Sequence[Message], into: np.ndarray | None = None) -> Reduced:
+        """Sums the "gradient" messages of all ranks for one slice.
 
         The order of the sum is the order of the ranks: that makes a run repeatable bit for bit.
+
+        Args:
+            parts: by rank.
+            into: `[shard_size]`, where the sum is to lie; None: anywhere.
         """
         layout, state_layout = self.run.layout, self.run.state_layout
         compression, gradients = self.run.compression, []
@@ -269,7 +273,8 @@ class RankProgram:
                 mean += message.arrays["mean"]
             if "first0" in message.arrays:
                 first = [message.arrays[f"first{i}"] for i in range(len(state_layout.first))]
-        gradient = rank_ordered_sum(gradients, layout.shard_size, layout.dtype)
+        gradient = aligned_empty(layout.shard_size, layout.dtype) if into is None else into
+        rank_ordered_sum(gradients, gradient)
         if compression.gradient_scale != 1.0:
             gradient *= compression.gradient_scale
         is_finite, culprit = _all_finite(gradient), None
@@ -565,17 +570,15 @@ def _non_finite_sum(state: RankState, reduced: Reduced) -> Halt | None:
     return Halt("non_finite", state.step + 1, state.rank, "sum of gradients")
 
 
-def rank_ordered_sum(parts: Sequence[np.ndarray], size: int, dtype: str) -> np.ndarray:
-    """The sum of vectors `[size]`, added in the order given; zeros if there are none."""
-    total = aligned_empty(size, dtype)
+def rank_ordered_sum(parts: Sequence[np.ndarray], total: np.ndarray) -> None:
+    """Makes `total` the sum of vectors, added in the order given; zeros if there are none."""
     if len(parts) < 2:
         total[:] = parts[0] if parts else 0
-        return total
+        return
     with np.errstate(over="ignore"):  # a sum that is not finite is found, and named, later
         np.add(parts[0], parts[1], out=total)
         for part in parts[2:]:
             total += part
-    return total
 
 
 def _all_finite(values: np.ndarray) -> bool:

@@ -5,8 +5,10 @@ A worker keeps programs and readers between tasks, and must be able to lose them
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import pickle
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -23,11 +25,29 @@ _FROZEN: set[str] = set()  # runs of this worker
 _READERS: dict[tuple[str, Handle], BatchReader] = {}
 
 
+# Of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGEST_INT = -1, -4, 2**31 - 1
+
+
+def _keep_memory() -> None:
+    """Has malloc reuse the memory of large arrays, in this process.
+
+    It gives arrays above 32 MiB back to the system as they are freed, and a step of a large model
+    makes and frees the same ones every time: the system then clears every page of them anew.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
 def program_of(run: Run) -> RankProgram:
     """The programs of a run in this worker, loaded by its first task."""
     configure_threads(run.task_threads)
     program = rank_program(run)
     if run.run_id not in _FROZEN:
+        _keep_memory()
         # PySpark's daemon collects garbage after every task. With TensorFlow imported that took
         # 200 ms, several times as long as the rest of the task; frozen objects are not looked at.
         # What former runs left behind is collected first: frozen, it would stay for good.

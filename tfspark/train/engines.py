@@ -8,7 +8,7 @@ from typing import Any
 
 from pyspark import SparkContext
 
-from tfspark.context import in_process, slots
+from tfspark.context import busy_slots, in_process, slots
 from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
 from tfspark.sync import wire
@@ -85,7 +85,11 @@ def _best(context: SparkContext | None, num_ranks: int) -> tuple[str, str]:
     obstacle = gang_obstacle(context, num_ranks)
     if obstacle:
         return "shuffle", f"'gang' cannot run: {obstacle}"
-    return "gang", f"there are slots for all {num_ranks} ranks at the same time"
+    reason = f"there are slots for all {num_ranks} ranks at the same time"
+    free = slots(context) - busy_slots(context)
+    if free < num_ranks:
+        reason += f" (free now: {max(0, free)}, a round waits for the others)"
+    return "gang", reason
 
 
 def gang_obstacle(context: SparkContext, num_ranks: int) -> str | None:
@@ -94,7 +98,8 @@ def gang_obstacle(context: SparkContext, num_ranks: int) -> str | None:
         return "dynamic allocation, with which Spark runs no barrier stages"
     available = slots(context)
     if available < num_ranks:
-        return f"{available} task slots for {num_ranks} ranks"
+        free = max(0, available - busy_slots(context))
+        return f"{available} task slots, {free} of them free now, for {num_ranks} ranks"
     return None
 
 
