@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from environments import ENVIRONMENTS, CannotMakeError
+from pages import fill
 from processes import Outcome, run_side
 from report import LIMIT, cells, page, plot, ratio, rows, table
 
@@ -164,9 +165,11 @@ class Results:
         part.replace(self._json)
         (self._folder / "compare.md").write_text(page(self._content))
 
-    def draw(self) -> None:
-        """The picture."""
+    def publish(self, published: Path) -> None:
+        """The picture, and the page of the documentation with its tables."""
         plot(self._content, self._folder / "compare.png")
+        template = (HERE / "speed_page.md").read_text(encoding="utf-8")
+        published.write_text(fill(template, {"tables": page(self._content)}), encoding="utf-8")
 
 
 class Bench:
@@ -285,8 +288,11 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep what the folder has")
     parser.add_argument("--plot-only", action="store_true", help="from the folder's JSON")
     parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--page", type=Path, help="docs/speed.md, where --out is not given")
     options = parser.parse_args()
     options.sides = options.sides or others
+    if options.out == HERE / "results":
+        options.page = options.page or HERE.parent / "docs/speed.md"
     cells_wanted = options.workloads or [
         cell_of(text) for text in (DEFAULT_CELLS[:2] if options.quick else DEFAULT_CELLS)
     ]
@@ -304,7 +310,7 @@ def main() -> None:
     finally:
         for (workload, batch), units in cells(results.units).items():
             print(f"\n{workload}, batch {batch}\n{table(rows(units))}")
-        results.draw()
+        results.publish(options.page or options.out / "speed.md")
     print(f"\n{time.monotonic() - started:.0f} s; written to {options.out}")
 
 

@@ -120,7 +120,7 @@ def measure_dense(blocks: int, seconds: float) -> list[Dense]:
         found.append(
             Dense(
                 gang.weights,
-                gang.phases(8)["exchange"],
+                gang.phases(16)["exchange"],
                 bare(2, [gang.weights], seconds)[0].step_s,
                 bare_shared(2, [gang.weights], seconds)[0].step_s,
                 raw_pair(slice_bytes, seconds),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from cluster import (
     simulate,
 )
 from costs import WEIGHT_BYTES, Costs, Point, fit
+from pages import fill
 from scaling import BARE_COSTS, GANG_COSTS
 
 from tfspark.train.pacing import Pacing
@@ -402,20 +402,6 @@ def _of(found: list[Outcome], model: str, network: str, variant: str) -> list[Ou
     return [
         one for one in found if (one.model, one.network, one.variant) == (model, network, variant)
     ]
-
-
-def fill(page: str, parts: dict[str, str]) -> str:
-    """The page with each part between `<!-- begin: name -->` and `<!-- end: name -->`.
-
-    Raises:
-        ValueError: the page has no place for a part.
-    """
-    for name, text in parts.items():
-        place = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
-        if not place.search(page):
-            raise ValueError(f"A page has a place for each part. Received: none for {name!r}.")
-        page = place.sub(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", page)
-    return page
 
 
 def main() -> None:

@@ -81,7 +81,14 @@ def test_the_examples_of_docstrings_are_right(run_script):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", "docs/migration.md", "docs/large_batches.md"]
+    "page",
+    [
+        "README.md",
+        *(
+            f"docs/{name}.md"
+            for name in ("guide", "migration", "large_batches", "speed", "scaling")
+        ),
+    ],
 )
 def test_links_lead_somewhere(page):
     path = ROOT / page

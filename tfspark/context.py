@@ -160,7 +160,10 @@ def slots(context: SparkContext) -> int:
 
 
 def busy_slots(context: SparkContext) -> int:
-    """How many tasks of the application run right now, whoever started them."""
+    """How many tasks of the application run, whoever started them, as of a moment ago.
+
+    Spark's status follows what happens by a tenth of a second.
+    """
     tracker = context.statusTracker()
     # A stage may end between the two questions.
     stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]

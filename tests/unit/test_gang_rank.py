@@ -123,7 +123,8 @@ def test_the_same_bits_with_and_without_common_memory(tmp_path, groups, wire_dty
     assert [record.loss for record in together[0].records] == [
         record.loss for record in apart[0].records
     ]
-    assert together[0].records[-1].loss < together[0].records[0].loss
+    first = RankState.initial(problem.run, problem.flat, 0)
+    assert (together[0].shard != first.shard).mean() > 0.9
 
 
 @needs_sharing

@@ -7,7 +7,8 @@ from dataclasses import asdict
 import pytest
 from bare_exchange import sum_of_bytes
 from costs import Costs
-from simulate import MODELS, check, check_table, cluster_costs, fill, train, variants
+from pages import fill
+from simulate import MODELS, check, check_table, cluster_costs, train, variants
 from simulate import Cluster as Hosts
 
 BARE = Costs(exchange_s=3e-4, message_s=7e-5, byte_s=6e-10, others_s=2e-9, shard_s=4e-10)
