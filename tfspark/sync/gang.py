@@ -50,7 +50,7 @@ from tfspark.sync.member import Member
 from tfspark.sync.rank import state_from_message, state_to_message
 from tfspark.sync.rendezvous import Rendezvous
 from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
-from tfspark.sync.tasks import handle_first, program_of, reader_of
+from tfspark.sync.tasks import handle_first, memory_kept, program_of, reader_of
 from tfspark.sync.tolerant_rank import TolerantRank
 
 _MEETING_S = 300.0
@@ -205,7 +205,8 @@ class _Round:
                 if rank == 0:  # one speaks and listens for all
                     teller = _Teller(member)
                     gang.tell, gang.interrupted = teller.tell, teller.interrupted
-                state = gang.take_steps(state, self.plan)
+                with memory_kept():
+                    state = gang.take_steps(state, self.plan)
                 patience_s = self.patience.limit_s(first=True)
                 member.links.leave(step=state.step, timeout_s=patience_s)
         self.news.add({rank: news_of(run, state)})

@@ -10,8 +10,10 @@ import gc
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from tfspark.data.batches import BatchReader
 from tfspark.data.store import Handle
@@ -25,21 +27,32 @@ _FROZEN: set[str] = set()  # runs of this worker
 _READERS: dict[tuple[str, Handle], BatchReader] = {}
 
 
-# Of mallopt(3).
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _LARGEST_INT = -1, -4, 2**31 - 1
+# Of mallopt(3), and what they are by default.
+_M_TRIM_THRESHOLD, _TRIM_THRESHOLD = -1, 128 * 1024
+_M_MMAP_MAX, _MMAP_MAX = -4, 65536
+_LARGEST_INT = 2**31 - 1
 
 
-def _keep_memory() -> None:
-    """Has malloc reuse the memory of large arrays, in this process.
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Has malloc reuse the memory of large arrays, in this process, until the block ends.
 
-    It gives arrays above 32 MiB back to the system as they are freed, and a step of a large model
-    makes and frees the same ones every time: the system then clears every page of them anew.
+    Otherwise it gives arrays above 32 MiB back to the system as they are freed. A step of a large
+    model makes and frees the same ones every time, and the system clears every page of them anew.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
-        if mallopt is not None:
-            mallopt(_M_MMAP_MAX, 0)
-            mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):  # glibc's; musl has none
+        yield
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_MAX, _MMAP_MAX)
+        libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+        # A worker that is idle, or has other tasks, must not hold what a round needed.
+        libc.malloc_trim(0)
 
 
 def program_of(run: Run) -> RankProgram:
@@ -47,7 +60,6 @@ def program_of(run: Run) -> RankProgram:
     configure_threads(run.task_threads)
     program = rank_program(run)
     if run.run_id not in _FROZEN:
-        _keep_memory()
         # PySpark's daemon collects garbage after every task. With TensorFlow imported that took
         # 200 ms, several times as long as the rest of the task; frozen objects are not looked at.
         # What former runs left behind is collected first: frozen, it would stay for good.
