@@ -86,9 +86,9 @@ class Problem:
             wire_dtype=wire_dtype,
         )
 
-    def train(self, share, steps=STEPS):
+    def train(self, share, steps=STEPS, stop=None):
         """The states of all ranks after one round."""
-        plan = RoundPlan(0, ((0.01,) * len(self.run.updates),) * steps)
+        plan = RoundPlan(0, ((0.01,) * len(self.run.updates),) * steps, stop)
 
         def take_steps(links):
             if share:
@@ -139,3 +139,11 @@ def test_what_one_owner_alone_sees_ends_the_round_of_all_before_it(tmp_path, bad
         assert_same(states, Problem(tmp_path).train(share, steps=bad_step - 1))
     else:
         assert {state.step for state in states} == {0}
+
+
+def test_what_one_owner_alone_sees_in_the_step_that_all_others_stop_at(tmp_path):
+    states = Problem(tmp_path, bad_step=3).train(False, stop=lambda step, loss: step == 3)
+    assert {state.halt for state in states} == {Halt("non_finite", 3, 0, "gradient")}
+    assert {state.step for state in states} == {2}
+    states = Problem(tmp_path).train(False, stop=lambda step, loss: step == 3)
+    assert {(state.step, state.halt) for state in states} == {(3, Halt("stop", 3))}

@@ -184,7 +184,9 @@ class GangRank:
             return after
         self._before = state
         self._alone = after.halt is not None and after.halt.kind == "non_finite"
-        if last:
+        # A rank that is alone has not asked whether to stop; the others leave the round if so.
+        stops = plan.stop is not None and plan.stop(step + 1, reduced.loss_sum / reduced.rows)
+        if last or stops:
             halts = all_gather_small(
                 self._links,
                 asdict(after.halt) if after.halt and self._alone else None,
