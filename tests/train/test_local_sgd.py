@@ -118,7 +118,10 @@ def test_an_end_that_looks_at_losses_is_asked_at_averages(sc):
     [
         ({"engine": "local"}, "average_every=3 with engine='local'"),
         ({"engine": "shuffle"}, "average_every=3 with engine='shuffle'"),
-        ({"engine": "auto", "num_ranks": 50}, "'auto', which is 'shuffle': .* slots for 50 ranks"),
+        (
+            {"engine": "auto", "num_ranks": 50},
+            r"'auto', which is 'shuffle': .* slots, \d of them free now, for 50 ranks",
+        ),
         ({"average_every": 0}, "average_every is a whole number of at least 1. Received: 0"),
         ({"average_every": None}, "average_every is a whole number .* Received: None"),
         ({"average_every": 2.5}, "average_every is a whole number .* Received: 2.5"),
