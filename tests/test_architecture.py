@@ -16,6 +16,7 @@ BELOW = {
     "_aligned": set(),
     "_optional": {"errors"},
     "context": {"errors"},
+    "daemon": set(),  # names modules of all layers, and imports them for others
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},
     "graph": {"errors", "graphdef", "data"},
@@ -23,7 +24,7 @@ BELOW = {
     "train": {"errors", "_optional", "context", "graphdef", "data", "graph", "sync"},
 }
 FRAMEWORKS = {
-    "pyspark": {"context", "data", "sync", "train"},
+    "pyspark": {"context", "daemon", "data", "sync", "train"},
     "py4j": {"context", "data", "sync", "train"},
     "tensorflow": {"graphdef", "data", "graph", "sync", "train"},
     "keras": {"graphdef", "graph", "sync", "train"},

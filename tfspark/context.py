@@ -43,6 +43,10 @@ _MAX_SOCKET_FOLDER = 104 - 1 - 2 - 36 - 5
 # from malloc, and with pages of 4 KiB a step spends a sixth of its time on looking pages up.
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
+# Has an embedded JVM collect garbage rather than grow: what it keeps is few and large, so that
+# collecting costs next to nothing, and a heap that has grown stays large for good.
+_SMALL_HEAP = "-XX:GCTimeRatio=3 -XX:MinHeapFreeRatio=20 -XX:MaxHeapFreeRatio=40"
+
 # What these say of a failed task in pages of Java, the driver raises as one error.
 _TASK_LOGGERS = (
     "org.apache.spark.executor.Executor",
@@ -75,8 +79,11 @@ def init_nncontext(
     * on a local master: `PYSPARK_PYTHON` to this interpreter, so that virtual environments work;
       tfspark's folder on the workers' `PYTHONPATH`; the driver on the loopback address; driver
       memory of a quarter of the machine's (at least 1 GiB), because the driver is the executor
-      there too; log level `ERROR`, without the errors of single tasks, which the driver raises;
-      warnings and errors only from the workers' TensorFlow;
+      there too, and a JVM that collects garbage before it takes all of that; log level `ERROR`,
+      without the errors of single tasks, which the driver raises; warnings and errors only from
+      the workers' TensorFlow; on Linux, Python workers that are forked from a process that has
+      imported TensorFlow (`spark.python.daemon.module`), so that they start at once and share its
+      memory;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
@@ -222,13 +229,17 @@ def _start(requested: dict[str, str]) -> SparkContext:
     for key, value in requested.items():
         launch.set(key, value)
     launches = SparkContext._gateway is None and "PYSPARK_GATEWAY_PORT" not in os.environ
+    local = requested.get("spark.master", "local").startswith("local")
     if launches:
         check_java()
         # To Spark, a Python script is a shell, and a shell turns this on; so later we could not
         # tell whether the user did.
-        if "spark.ui.showConsoleProgress" not in requested.keys() | _named_before_launch():
-            launch.set("spark.ui.showConsoleProgress", "false")
-    local = requested.get("spark.master", "local").startswith("local")
+        early = {"spark.ui.showConsoleProgress": "false"}
+        if local:
+            early["spark.driver.defaultJavaOptions"] = _SMALL_HEAP
+        named = requested.keys() | _named_before_launch()
+        for key in early.keys() - named:
+            launch.set(key, early[key])
     with _environment(_launch_environment(requested) if launches and local else {}):
         # Only the JVM knows all that the user set: it has read spark-defaults.conf and the
         # arguments of spark-submit.
@@ -249,6 +260,8 @@ def _start(requested: dict[str, str]) -> SparkContext:
         os.environ.setdefault(
             "PYSPARK_PYTHON", conf.get("spark.pyspark.python", sys.executable) or sys.executable
         )
+    if _daemon_works(master, conf):
+        conf.setIfMissing("spark.python.daemon.module", "tfspark.daemon")
     context = SparkContext(conf=conf)
     if not chosen_level and "spark.log.level" in _defaults(master):
         _silence(context, _TASK_LOGGERS)
@@ -288,7 +301,7 @@ def _defaults(master: str) -> dict[str, str]:
         if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
             # Each worker would greet the terminal with TensorFlow's notes about the processor.
             defaults["spark.executorEnv.TF_CPP_MIN_LOG_LEVEL"] = "1"
-        if _PACKAGE_HOME.name not in ("site-packages", "dist-packages"):
+        if not _is_installed():
             path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
             entries = dict.fromkeys([*filter(None, path), str(_PACKAGE_HOME)])
             defaults["spark.executorEnv.PYTHONPATH"] = os.pathsep.join(entries)
@@ -365,6 +378,20 @@ def _sockets_work(master: str, conf: SparkConf) -> bool:
     folder = conf.get("spark.python.unix.domain.socket.dir")
     folder = folder or str(jvm.java.lang.System.getProperty("java.io.tmpdir"))
     return len(os.fsencode(folder)) <= _MAX_SOCKET_FOLDER
+
+
+def _daemon_works(master: str, conf: SparkConf) -> bool:
+    """Whether Spark can start `tfspark.daemon`: without its daemon it runs no Python at all."""
+    if sys.platform != "linux" or not master.startswith("local"):
+        return False  # a fork with macOS's frameworks loaded crashes; other hosts are not known
+    if os.environ["PYSPARK_PYTHON"] != sys.executable:
+        return False
+    path = conf.get("spark.executorEnv.PYTHONPATH") or os.environ.get("PYTHONPATH", "")
+    return _is_installed() or str(_PACKAGE_HOME) in path.split(os.pathsep)
+
+
+def _is_installed() -> bool:
+    return _PACKAGE_HOME.name in ("site-packages", "dist-packages")
 
 
 def _warn_of_ignored(requested: Mapping[str, str], context: SparkContext) -> None:

@@ -92,5 +92,10 @@ def test_it_stays_flat(measurements, what):
     assert late[what] - early[what] <= MOST[what], measurements
 
 
+def test_every_rank_has_one_worker(measurements):
+    # And there is what they were forked from. No task, of an evaluation neither, needed two.
+    assert measurements[0]["workers"] == 1 + 2
+
+
 def test_nothing_is_persisted_after_close(measurements):
     assert measurements[2]["persisted"] == 0

@@ -27,6 +27,22 @@ def test_slots_and_threads_of_a_local_master(sc):
     assert context.task_threads(sc) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PySpark's own daemon is used")
+def test_workers_start_with_tensorflow(sc):
+    assert sc.getConf().get("spark.python.daemon.module") == "tfspark.daemon"
+
+    def look(rows):
+        import os
+        import sys
+
+        list(rows)
+        with open(f"/proc/{os.getppid()}/cmdline") as line:
+            return [("tensorflow" in sys.modules, line.read().split("\0")[1:3])]
+
+    found = sc.parallelize(range(2), 2).mapPartitions(look).collect()
+    assert found == [(True, ["-m", "tfspark.daemon"])] * 2
+
+
 STARTED = """
     import json
     from tfspark.context import init_nncontext, slots, task_threads
@@ -55,6 +71,7 @@ def test_a_plain_script_gets_an_embedded_spark(run_python):
     assert conf["spark.master"] == "local[*]"
     assert started["workers"] == [[sys.executable, True]] * 2
     assert int(conf["spark.driver.memory"].removesuffix("m")) >= 1024
+    assert conf["spark.driver.defaultJavaOptions"] == context._SMALL_HEAP
     assert conf["spark.ui.showConsoleProgress"] == "false"
     assert conf["spark.driver.host"] == "127.0.0.1"
 
@@ -67,6 +84,8 @@ def test_what_the_user_set_stays(run_python, tmp_path):
         "spark.ui.showConsoleProgress true\n"
         "spark.ui.enabled false\n"
         "spark.locality.wait.node 1s\n"
+        "spark.python.daemon.module pyspark.daemon\n"
+        "spark.driver.defaultJavaOptions -Dx=y\n"
     )
     started = start(
         run_python,
@@ -81,6 +100,8 @@ def test_what_the_user_set_stays(run_python, tmp_path):
     assert conf["spark.ui.showConsoleProgress"] == "true"
     assert conf["spark.locality.wait.node"] == "1s"
     assert conf["spark.log.level"] == "WARN"
+    assert conf["spark.python.daemon.module"] == "pyspark.daemon"
+    assert conf["spark.driver.defaultJavaOptions"] == "-Dx=y"
     assert conf["spark.python.unix.domain.socket.enabled"] == "false"
 
 

@@ -117,8 +117,8 @@ def driver_jvm() -> int:
 
 
 def python_workers() -> list[int]:
-    """PySpark's daemons and their workers."""
-    return sorted(p for p, line in descendants().items() if "pyspark.daemon" in line)
+    """Daemons, PySpark's or tfspark's, and the workers that they fork."""
+    return sorted(p for p, line in descendants().items() if " -m " in line and ".daemon" in line)
 
 
 def _is(line: str, part: str) -> bool:

@@ -17,7 +17,7 @@ LOSS = "sparse_categorical_crossentropy"
 
 
 SLOW = 50.0
-"""A feature that makes the step of its row take a minute."""
+"""A feature that makes the step of its row take minutes."""
 
 
 class Identity(layers.Layer):
@@ -25,7 +25,7 @@ class Identity(layers.Layer):
 
     def call(self, x):
         largest = tf.stop_gradient(tf.reduce_max(x))
-        count = tf.where(largest >= SLOW, 20_000, 1)
+        count = tf.where(largest >= SLOW, 200_000, 1)
         _, matrix = tf.while_loop(
             lambda i, _: i < count,
             lambda i, m: (i + 1, tf.tanh(m @ m)),
@@ -57,24 +57,33 @@ def undisturbed(steps):
 
 
 class Interrupt(threading.Thread):
-    """Sends the main thread a Ctrl-C in the middle of a round, after some steps."""
+    """Sends the main thread a Ctrl-C in the middle of a round, after some steps.
+
+    Only inside the block: what comes too late would end another test, and all that follow.
+    """
 
     def __init__(self, sc, optimizer, step):
         super().__init__(daemon=True)
         self.tracker, self.optimizer, self.step = sc.statusTracker(), optimizer, step
         self.jobs: set[int] = set()
         self.sent_at = 0.0
+        self.over = threading.Event()
 
     def run(self):
-        while self.optimizer.step < self.step:
+        while self.optimizer.step < self.step and not self.over.is_set():
             time.sleep(0.02)
-        earlier = set(self.tracker.getActiveJobsIds())
-        while not self.jobs:  # one that has just begun
-            time.sleep(0.02)
-            self.jobs = set(self.tracker.getActiveJobsIds()) - earlier
-        time.sleep(2)
-        self.sent_at = time.monotonic()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if not self.over.wait(3):  # the next round is slow
+            self.jobs = set(self.tracker.getActiveJobsIds())
+            self.sent_at = time.monotonic()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join()
 
 
 @pytest.fixture(params=["PySpark's handler", "Python's handler"])
@@ -90,12 +99,11 @@ def handler(request, sc):
 @pytest.mark.parametrize("engine", ["shuffle", "gang"])
 def test_an_interrupted_round_is_cancelled(sc, handler, engine):
     model, optimizer = training(engine, slow_step=3)
-    interrupt = Interrupt(sc, optimizer, 1)
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
+    with Interrupt(sc, optimizer, 1) as interrupt, pytest.raises(KeyboardInterrupt):
         optimizer.optimize(MaxIteration(5))
-    # The tasks that run take a minute; a job to fetch the weights has already found free slots.
+    # The tasks that run take minutes; a job to fetch the weights has already found free slots.
     assert time.monotonic() - interrupt.sent_at < 20
+    assert interrupt.jobs
     assert not interrupt.jobs & set(sc.statusTracker().getActiveJobsIds())
     assert optimizer.step in (1, 2)
     assert_same_bits(model.get_weights(), undisturbed(optimizer.step))

@@ -81,12 +81,10 @@ class GangEngine(SparkEngine):
 
     def _round_handles(self, run: Run) -> RDD:
         frames = handle_frames(self._source, copies=1)
-        frames.persist(StorageLevel.MEMORY_AND_DISK)  # on one executor, with its store
+        frames.persist(StorageLevel.MEMORY_AND_DISK)
         # A barrier stage allows no coalesce in its lineage. Cut off from it, a lost handle is an
         # error, which makes the caller rebuild.
         frames.localCheckpoint()
-        with self._job():
-            wire.compute(frames)
         return frames
 
     def round(

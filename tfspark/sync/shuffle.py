@@ -66,7 +66,6 @@ class ShuffleEngine(SparkEngine):
     def _round_handles(self, run: Run) -> RDD:
         # One frame per rank that will send to the partition, so that the two sides zip.
         frames = handle_frames(self._source, run.num_ranks)
-        # One replica, on one executor: a handle must be lost together with the executor's store.
         # Not in memory alone: a handle that is evicted there would write its store anew.
         return frames.persist(StorageLevel.MEMORY_AND_DISK)
 

@@ -57,6 +57,7 @@ class SparkEngine(Engine):
         self._source = handles
         self._run: Broadcast | None = None
         self._handles: RDD | None = None
+        self._evaluated: tuple[RDD, RDD] | None = None  # handles as they came, and as frames
         self._commits: list[RDD] = []
         self._job_tag = f"tfspark-{uuid.uuid4().hex}"
         # One for all rounds: PySpark never forgets an accumulator.
@@ -64,12 +65,16 @@ class SparkEngine(Engine):
 
     @abstractmethod
     def _round_handles(self, run: Run) -> RDD:
-        """The handles of the training set as frames, as this engine's rounds read them."""
+        """The handles of the training set as frames, as this engine's rounds read them.
+
+        Marked as persisted: on one executor, with the store, whose loss must be that of the handle.
+        """
 
     def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> RDD:
         self._run = self._context.broadcast(run)
         self._handles = self._round_handles(run)
-        ranks = self._context.parallelize(range(run.num_ranks), run.num_ranks)
+        self._compute(self._handles)
+        ranks = wire.empty(self._context, run.num_ranks)
         self._commits = [self._persisted(wire.frames(ranks, _Start(self._run, make_state)))]
         return self._commits[0]
 
@@ -101,11 +106,12 @@ class SparkEngine(Engine):
         partitions = handles.getNumPartitions()
         shared = self._context.broadcast((evaluation, mapping))
         received = wire.exchange(commit, Scatter(partitions), partitions)
-        pairs = wire.zip_frames(handle_frames(handles, num_ranks), received)
         try:
+            pairs = wire.zip_frames(self._evaluation_handles(handles, num_ranks), received)
             with self._job():
                 parts = pairs.mapPartitions(_Evaluate(self._run, shared, batch_rows)).collect()
         except StoreLostError:
+            self._release_evaluated()
             _forget(handles)
             raise
         finally:
@@ -118,14 +124,35 @@ class SparkEngine(Engine):
         self._handles.unpersist(blocking=True)
         _forget(self._source)
         self._handles = self._round_handles(self._run.value)
+        self._compute(self._handles)
 
     def close(self) -> None:
         self._release_all_but(None)
+        self._release_evaluated()
         if self._handles is not None:
             wire.release(self._handles)
         if self._run is not None:
             self._run.destroy()
         self._handles = self._run = None
+
+    def _evaluation_handles(self, handles: RDD, copies: int) -> RDD:
+        """The handles of a data set as frames; kept for the next evaluation of the same one."""
+        if self._evaluated is None or self._evaluated[0] is not handles:
+            self._release_evaluated()
+            frames = handle_frames(handles, copies).persist(StorageLevel.MEMORY_AND_DISK)
+            self._evaluated = handles, frames
+            self._compute(frames)
+        return self._evaluated[1]
+
+    def _release_evaluated(self) -> None:
+        if self._evaluated is not None:
+            wire.release(self._evaluated[1])
+            self._evaluated = None
+
+    def _compute(self, handles: RDD) -> None:
+        """Makes handles in a job of their own: no task that uses them needs a second worker."""
+        with self._job():
+            wire.compute(handles)
 
     def _committed(self, frames: RDD) -> tuple[RDD | None, Outcome]:
         """Computes the last RDD of a round: the commit, if the ranks agree, and what they say."""
@@ -228,9 +255,8 @@ class _Start:
     run: Broadcast
     make_state: Callable[[Run, int], RankState]
 
-    def __call__(self, rank: int, elements: Iterable[Any]) -> Iterator[bytes]:
-        for _ in elements:
-            pass
+    def __call__(self, rank: int, nothing: Iterable[Any]) -> Iterator[bytes]:
+        assert not list(nothing)  # a task reads its input to the end
         with reporting(rank=rank, phase="start"):
             yield encode(state_to_message(self.make_state(self.run.value, rank)))
 

@@ -62,8 +62,10 @@ def program_of(run: Run) -> RankProgram:
     if run.run_id not in _FROZEN:
         # PySpark's daemon collects garbage after every task. With TensorFlow imported that took
         # 200 ms, several times as long as the rest of the task; frozen objects are not looked at.
-        # What former runs left behind is collected first: frozen, it would stay for good.
-        gc.unfreeze()
+        # What former runs left behind is collected first: frozen, it would stay for good. What was
+        # frozen before the first run is left in peace: a fork shares its pages (see daemon.py).
+        if _FROZEN:
+            gc.unfreeze()
         gc.collect()
         gc.freeze()
         _FROZEN.add(run.run_id)

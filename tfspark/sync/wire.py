@@ -28,6 +28,12 @@ from pyspark.serializers import (
 Frames: TypeAlias = RDD  # of bytes; PySpark has no type of its own for them
 
 
+def empty(context: SparkContext, partitions: int) -> RDD:
+    """Partitions without elements, for functions that need to know their partition only."""
+    # A range would be computed by a Python worker of its own, see `frames`.
+    return context.parallelize([], partitions)
+
+
 def frames(
     rdd: RDD,
     function: Callable[[int, Iterable[Any]], Iterable[bytes]],
@@ -35,6 +41,9 @@ def frames(
     barrier: bool = False,
 ) -> Frames:
     """The frames that `function(partition, elements)` yields for each partition of any RDD.
+
+    Where Python computes the elements too, a task has two workers at the same time. Spark hands
+    idle workers out in turn, so that from then on twice as many load the model.
 
     Args:
         rdd: any RDD.

@@ -1,0 +1,80 @@
+"""What Python workers are forked from."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from pyspark import SparkConf
+
+from tfspark import context, daemon
+
+PRELOADED = """
+    import json, os, sys
+    from tfspark import daemon
+    daemon.preload({modules!r})
+    folder = "/proc/self/task"
+    threads = [open(f"{{folder}}/{{thread}}/comm").read() for thread in os.listdir(folder)]
+    print(json.dumps(dict(threads=threads, modules=sorted(sys.modules))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="init_nncontext uses the daemon on Linux only")
+def test_nothing_that_is_imported_waits_for_a_thread_of_its_own(run_python):
+    # Spark sets OMP_NUM_THREADS for its workers, which OpenBLAS heeds.
+    result = run_python(PRELOADED.format(modules=daemon.MODULES), OMP_NUM_THREADS="1")
+    found = json.loads(result.stdout)
+    assert {"tensorflow", "keras", *daemon.MODULES} <= set(found["modules"])
+    main, *others = found["threads"]
+    assert main.startswith("python")
+    assert set(others) <= {"jemalloc_bg_thd\n"}  # ended before a fork, and started after it
+
+
+def test_standard_output_is_kept_for_spark(run_python, tmp_path):
+    (tmp_path / "talkative.py").write_text(
+        "import os\nprint('from Python')\nos.write(1, b'from C\\n')\n"
+    )
+    source = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from tfspark import daemon
+        daemon.preload(["talkative", "no_such_module_anywhere"])
+        print("port")
+    """
+    result = run_python(source)
+    assert result.stdout == "port\n"
+    assert "from Python" in result.stderr
+    assert "from C" in result.stderr
+
+
+class TestWhereItIsUsed:
+    @pytest.fixture(autouse=True)
+    def checkout(self, monkeypatch):
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        self.conf = SparkConf(loadDefaults=False)
+        self.conf.set("spark.executorEnv.PYTHONPATH", f"/else:{context._PACKAGE_HOME}")
+
+    def test_on_a_local_master(self):
+        assert context._daemon_works("local[2]", self.conf)
+        assert context._daemon_works("local-cluster[2,1,1024]", self.conf)
+
+    def test_not_where_executors_are_elsewhere(self):
+        assert not context._daemon_works("yarn", self.conf)
+        assert not context._daemon_works("spark://host:7077", self.conf)
+
+    def test_not_where_a_fork_crashes(self, monkeypatch):
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert not context._daemon_works("local", self.conf)
+
+    def test_not_with_another_interpreter(self, monkeypatch):
+        monkeypatch.setenv("PYSPARK_PYTHON", "/usr/bin/python-of-another-day")
+        assert not context._daemon_works("local", self.conf)
+
+    def test_not_where_workers_cannot_import_it(self, monkeypatch, tmp_path):
+        self.conf.set("spark.executorEnv.PYTHONPATH", "/else")
+        assert not context._daemon_works("local", self.conf)
+        monkeypatch.setattr(context, "_PACKAGE_HOME", tmp_path / "site-packages")
+        assert context._daemon_works("local", self.conf)
