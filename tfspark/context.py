@@ -262,6 +262,8 @@ def _start(requested: dict[str, str]) -> SparkContext:
         )
     if _daemon_works(master, conf):
         conf.setIfMissing("spark.python.daemon.module", "tfspark.daemon")
+        # Spark SQL sets this for its workers; set for all, one daemon serves DataFrames and RDDs.
+        conf.setIfMissing("spark.executorEnv.SPARK_SIMPLIFIED_TRACEBACK", "1")
     context = SparkContext(conf=conf)
     if not chosen_level and "spark.log.level" in _defaults(master):
         _silence(context, _TASK_LOGGERS)

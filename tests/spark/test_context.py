@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyspark
 import pytest
+from pyspark.sql import SparkSession
 
 from tfspark import context
 
@@ -41,6 +42,19 @@ def test_workers_start_with_tensorflow(sc):
 
     found = sc.parallelize(range(2), 2).mapPartitions(look).collect()
     assert found == [(True, ["-m", "tfspark.daemon"])] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PySpark's own daemon is used")
+def test_data_frames_and_rdds_share_a_daemon(sc):
+    def daemons(_):
+        import os
+
+        import pyarrow
+
+        yield pyarrow.RecordBatch.from_pydict({"pid": [os.getppid()]})
+
+    (row,) = SparkSession(sc).range(1, numPartitions=1).mapInArrow(daemons, "pid long").collect()
+    assert sc.parallelize([0], 1).map(lambda _: os.getppid()).collect() == [row.pid]
 
 
 STARTED = """
