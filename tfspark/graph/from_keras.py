@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -19,6 +18,7 @@ from tfspark.graph.assembly import (
     step_signature,
 )
 from tfspark.graph.eager import bind, dtype_of
+from tfspark.graph.fused import fused_batch_norm, replaced
 from tfspark.graphdef.functions import trace_graph
 
 
@@ -68,7 +68,7 @@ def program_from_keras(
         *batch, rows, global_rows, _ = inputs
         x, y, sample_weight = unpack(row_spec, batch)
         share = tf.cast(global_rows, tf.float64) / tf.cast(rows, tf.float64)
-        with tf.GradientTape() as tape:
+        with tf.GradientTape() as tape, fused_batch_norm(model):
             predictions = call_model(model, x, training=True)
             total = model_loss(model, compile_loss, share, x, y, predictions, sample_weight)
             total = total * tf.cast(rows, total.dtype)
@@ -175,13 +175,13 @@ def model_loss(
             "A model needs a loss to train. "
             f"Received: model {model.name!r} without one. Compile it, or give loss=…."
         )
-    with _replaced(model, "_compile_loss", compile_loss):
+    with replaced(model, "_compile_loss", compile_loss):
         total = model._compute_loss(x, y, predictions, sample_weight, training=training)
         flat = compile_loss._flat_losses if compile_loss is not None and compile_loss.built else []
         _check_reductions(flat, sample_weight is not None)
         if any(_is_sum(entry.loss) for entry in flat):
             scaled = [_scaled(entry, share) if _is_sum(entry.loss) else entry for entry in flat]
-            with _replaced(compile_loss, "_flat_losses", scaled):
+            with replaced(compile_loss, "_flat_losses", scaled):
                 total = model._compute_loss(x, y, predictions, sample_weight, training=training)
     if total.shape.rank != 0:
         raise ProgramError(
@@ -221,17 +221,6 @@ def _check_masks(model: keras.Model, predictions: Any) -> None:
                 f"Received: model {model.name!r}, whose output carries a mask. End the model with "
                 "a layer that drops the mask, and give sample weights."
             )
-
-
-@contextmanager
-def _replaced(owner: Any, attribute: str, value: Any) -> Iterator[None]:
-    previous = getattr(owner, attribute)
-    # Keras tracks what is assigned to a model; this is not to become part of it.
-    object.__setattr__(owner, attribute, value)
-    try:
-        yield
-    finally:
-        object.__setattr__(owner, attribute, previous)
 
 
 def _used_states(
