@@ -7,6 +7,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 CLUSTER = """
     import json, logging, os, time
     from spark_app import *
+    from tfspark import LeaveOut
     from tfspark.train.triggers import Trigger
 
     STEPS, DRIVER = 1200, os.getpid()
@@ -27,14 +28,14 @@ CLUSTER = """
                 raise KeyError("of the user")
             return False
 
-    def gang():
-        model, training = optimizer(sc, "dense", engine="gang")
+    def gang(**settings):
+        model, training = optimizer(sc, "dense", engine="gang", **settings)
         training.optimize(MaxIteration(4))
         return model, training
 
-    def disturbed(name, pick=None):
+    def disturbed(name, pick=None, **settings):
         del logs[:]
-        model, training = gang()
+        model, training = gang(**settings)
 
         def strike():
             wait_for(lambda: in_a_round(sc, stages=1))
@@ -70,6 +71,10 @@ CLUSTER = """
         failed("deadly", Deadly())
         failed("raising", Raising())
         disturbed("afterwards")
+        # Nobody is that late, so that no row is dropped.
+        disturbed("tolerant workers", python_workers, leave_out=LeaveOut(factor=1e6))
+        disturbed("local steps", average_every=4)
+        disturbed("local steps, workers", python_workers, average_every=4)
     print(json.dumps(result))
 """
 
@@ -79,11 +84,23 @@ def cluster(application):
     return application(CLUSTER)
 
 
-@pytest.mark.parametrize("what", ["workers", "executor"])
-def test_a_lost_rank_costs_a_round_and_no_bit(cluster, what):
+@pytest.mark.parametrize(
+    ("what", "undisturbed"),
+    [
+        ("workers", "nothing"),
+        ("executor", "nothing"),
+        ("tolerant workers", "nothing"),
+        ("local steps, workers", "local steps"),
+    ],
+)
+def test_a_lost_rank_costs_a_round_and_no_bit(cluster, what, undisturbed):
     assert cluster[f"{what} killed"]
-    assert cluster[what] == cluster["nothing"]
+    assert cluster[what] == cluster[undisturbed]
     assert cluster[f"{what} logs"]
+
+
+def test_local_steps_train_otherwise(cluster):
+    assert cluster["local steps"] != cluster["nothing"]
 
 
 def test_a_step_that_always_kills_its_worker_is_one_error(cluster):

@@ -10,7 +10,7 @@ from tfspark.sync.carriers import FileCarrier, FrameCarrier
 from tfspark.sync.compression import compression
 from tfspark.sync.engine import RankState, StepRecord
 from tfspark.sync.frames import Message
-from tfspark.sync.rank import state_from_message
+from tfspark.sync.messages import state_from_message
 
 
 @pytest.fixture(params=["frames", "files"])

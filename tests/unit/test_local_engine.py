@@ -13,7 +13,7 @@ from tfspark.graph.from_function import program_from_function
 from tfspark.graph.update import update_program
 from tfspark.sync.engine import Halt, RankState, RoundPlan, Run, merge_outcomes
 from tfspark.sync.local import LocalEngine
-from tfspark.sync.rank import state_from_message, state_to_message
+from tfspark.sync.messages import state_from_message, state_to_message
 from tfspark.train.saving import FromValues, Here, Trained
 
 SPEC = RowSpec.of((Field("x", "float32", (3,)), Field("y", "float32", ())))

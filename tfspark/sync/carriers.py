@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tfspark.errors import TrainingError
 from tfspark.sync.engine import RankState, Run
 from tfspark.sync.frames import Message, chunks, decode, encode
-from tfspark.sync.rank import shard_message, state_to_message
+from tfspark.sync.messages import shard_message, state_to_message
 
 _PATH = b"TFSP"
 

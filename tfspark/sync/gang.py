@@ -47,7 +47,7 @@ from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.interrupts import run_interruptibly
 from tfspark.sync.local_steps import LocalRank, patience_with
 from tfspark.sync.member import Member
-from tfspark.sync.rank import state_from_message, state_to_message
+from tfspark.sync.messages import state_from_message, state_to_message
 from tfspark.sync.rendezvous import Rendezvous
 from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
 from tfspark.sync.tasks import handle_first, memory_kept, program_of, reader_of

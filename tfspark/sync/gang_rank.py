@@ -16,13 +16,8 @@ from tfspark.sync.collectives import all_gather_small, all_reduce_sum
 from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.links import Links
-from tfspark.sync.rank import (
-    Contribution,
-    RankProgram,
-    Replica,
-    gradient_message,
-    shard_message,
-)
+from tfspark.sync.messages import Contribution, gradient_message, shard_message
+from tfspark.sync.rank import RankProgram, Replica
 from tfspark.sync.shared import LEAST_BYTES
 
 

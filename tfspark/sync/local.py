@@ -23,13 +23,8 @@ from tfspark.sync.engine import (
     merge_accumulators,
     merge_outcomes,
 )
-from tfspark.sync.rank import (
-    RankProgram,
-    Replica,
-    gradient_message,
-    rank_program,
-    shard_message,
-)
+from tfspark.sync.messages import gradient_message, shard_message
+from tfspark.sync.rank import RankProgram, Replica, rank_program
 
 
 class LocalEngine(Engine):

@@ -31,13 +31,8 @@ from tfspark.sync.engine import Halt, RankState, RoundPlan, Run, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.links import Links
-from tfspark.sync.rank import (
-    Contribution,
-    RankProgram,
-    Reduced,
-    rank_program,
-    shard_message,
-)
+from tfspark.sync.messages import Contribution, shard_message
+from tfspark.sync.rank import RankProgram, Reduced, rank_program
 
 
 def periods(first_step: int, num_steps: int, average_every: int) -> Iterator[range]:

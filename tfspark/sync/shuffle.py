@@ -37,7 +37,7 @@ from tfspark.sync.carriers import Carrier, through_spark
 from tfspark.sync.engine import Halt, RankState, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.frames import Message, decode, encode
 from tfspark.sync.local import sum_in_rank_order
-from tfspark.sync.rank import (
+from tfspark.sync.messages import (
     Contribution,
     gradient_message,
     state_from_message,

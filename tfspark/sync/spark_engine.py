@@ -38,7 +38,7 @@ from tfspark.sync.engine import (
     merge_outcomes,
 )
 from tfspark.sync.frames import decode, encode
-from tfspark.sync.rank import state_from_message, state_to_message
+from tfspark.sync.messages import state_from_message, state_to_message
 from tfspark.sync.tasks import Scatter, by_source, handle_first, program_of
 
 _MOST_CANCELS = 10

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import pickle
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,8 @@ from tfspark.errors import TrainingError
 from tfspark.graphdef.loader import configure_threads
 from tfspark.sync.engine import Run
 from tfspark.sync.frames import Message, decode, encode
-from tfspark.sync.rank import RankProgram, rank_program, shard_message, state_from_message
+from tfspark.sync.messages import shard_message, state_from_message
+from tfspark.sync.rank import RankProgram, rank_program
 
 _FROZEN: set[str] = set()  # runs of this worker
 _READERS: dict[tuple[str, Handle], BatchReader] = {}
@@ -31,6 +33,7 @@ _READERS: dict[tuple[str, Handle], BatchReader] = {}
 _M_TRIM_THRESHOLD, _TRIM_THRESHOLD = -1, 128 * 1024
 _M_MMAP_MAX, _MMAP_MAX = -4, 65536
 _LARGEST_INT = 2**31 - 1
+_OF_USERS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @contextmanager
@@ -39,9 +42,11 @@ def memory_kept() -> Iterator[None]:
 
     Otherwise it gives arrays above 32 MiB back to the system as they are freed. A step of a large
     model makes and frees the same ones every time, and the system clears every page of them anew.
+    Where the user has told malloc what to do with them (mallopt(3)), this does nothing.
     """
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):  # glibc's; musl has none
+    glibc = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")  # musl has none
+    if not glibc or any(name in os.environ for name in _OF_USERS):
         yield
         return
     libc.mallopt(_M_MMAP_MAX, 0)

@@ -23,7 +23,8 @@ from tfspark.sync.engine import RankState, RoundPlan
 from tfspark.sync.frames import Message
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.links import Links
-from tfspark.sync.rank import Contribution, RankProgram, Replica
+from tfspark.sync.messages import Contribution
+from tfspark.sync.rank import RankProgram, Replica
 from tfspark.sync.stragglers import Watch
 
 _Gradient: TypeAlias = "Future[tuple[Contribution, float]]"  # and the seconds that it took
