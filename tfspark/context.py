@@ -386,7 +386,7 @@ def _daemon_works(master: str, conf: SparkConf) -> bool:
     """Whether Spark can start `tfspark.daemon`: without its daemon it runs no Python at all."""
     if sys.platform != "linux" or not master.startswith("local"):
         return False  # a fork with macOS's frameworks loaded crashes; other hosts are not known
-    if os.environ["PYSPARK_PYTHON"] != sys.executable:
+    if shutil.which(os.environ["PYSPARK_PYTHON"]) != sys.executable:
         return False
     path = conf.get("spark.executorEnv.PYTHONPATH") or os.environ.get("PYTHONPATH", "")
     return _is_installed() or str(_PACKAGE_HOME) in path.split(os.pathsep)
