@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tfspark.errors import TrainingError
-from tfspark.sync.carriers import FileCarrier, FrameCarrier
+from tfspark.sync.carriers import FileCarrier, FrameCarrier, message_of, shard_frame, state_of
 from tfspark.sync.compression import compression
 from tfspark.sync.engine import RankState, StepRecord
 from tfspark.sync.frames import Message
-from tfspark.sync.messages import state_from_message
+from tfspark.sync.messages import state_to_message
 
 
 @pytest.fixture(params=["frames", "files"])
@@ -26,7 +26,7 @@ def gradient(source, size):
 @pytest.mark.parametrize("size", [0, 10, 100_000])
 def test_a_message_arrives_as_it_was(carrier, size):
     sent = gradient(1, size)
-    got = carrier.unpack(carrier.pack(sent, 4, 0))
+    got = message_of(carrier.pack(sent, 4, 0))
     assert (got.kind, got.source, got.meta) == ("gradient", 1, {"rows": 3})
     assert list(got.arrays) == ["gradient", "mean"]
     for name, array in got.arrays.items():
@@ -44,12 +44,12 @@ def test_a_state_reaches_its_owner_whole_and_all_others_as_a_shard(carrier, size
     frames = dict(carrier.state_to_all(run, state, 5))
     assert sorted(frames) == [0, 1, 2]
     for frame in frames.values():
-        message = carrier.unpack(frame)
+        message = message_of(frame)
         assert message.source == 1 and message.meta["halt"] is None
         np.testing.assert_array_equal(message.arrays["shard"], shard)
         np.testing.assert_array_equal(message.arrays["mean"], np.arange(3.0))
         assert message.arrays["first0"] == 4
-    own = state_from_message(carrier.unpack(frames[1]))
+    own = state_of(frames[1])
     assert (own.step, own.records) == (5, [record])
     for group, expected in zip(own.slots, slots, strict=True):
         for slot, value in zip(group, expected, strict=True):
@@ -67,11 +67,11 @@ def test_a_large_message_leaves_its_path_to_spark(tmp_path):
 def test_a_task_that_runs_again_leaves_readers_alone(tmp_path):
     carrier = FileCarrier(str(tmp_path))
     frame = carrier.pack(gradient(0, 100_000), 0, 1)
-    message = carrier.unpack(frame)
+    message = message_of(frame)
     assert carrier.pack(gradient(0, 100_000), 0, 1) == frame
     expected = gradient(0, 100_000).arrays["gradient"]
     np.testing.assert_array_equal(message.arrays["gradient"], expected)
-    np.testing.assert_array_equal(carrier.unpack(frame).arrays["gradient"], expected)
+    np.testing.assert_array_equal(message_of(frame).arrays["gradient"], expected)
 
 
 def test_only_one_ranks_messages_of_one_step_are_forgotten(tmp_path):
@@ -81,13 +81,13 @@ def test_only_one_ranks_messages_of_one_step_are_forgotten(tmp_path):
         for rank in (1, 11)
         for step in (2, 12)
     }
-    held = carrier.unpack(frames[1, 2])
+    held = message_of(frames[1, 2])
     carrier.forget(1, 2)
     carrier.forget(1, 2)
     with pytest.raises(TrainingError, match="no file"):
-        carrier.unpack(frames[1, 2])
+        message_of(frames[1, 2])
     for key in ((1, 12), (11, 2), (11, 12)):
-        assert carrier.unpack(frames[key]).source == key[0]
+        assert message_of(frames[key]).source == key[0]
     np.testing.assert_array_equal(held.arrays["gradient"], gradient(1, 100_000).arrays["gradient"])
 
 
@@ -99,3 +99,17 @@ def test_a_task_that_outlives_its_round_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         carrier.pack(gradient(0, 100_000), 0, 1)
     assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_commit_gives_every_rank_its_shard(carrier, size):
+    shard = np.arange(size, dtype="float32")
+    state = RankState(1, 5, shard, [[shard * 2]], np.arange(3.0), [np.int32(4)])
+    frame = carrier.pack(state_to_message(state), 5, "commit")
+    message = message_of(shard_frame(frame))
+    assert (message.source, message.meta["step"]) == (1, 5)
+    np.testing.assert_array_equal(message.arrays["shard"], shard)
+    np.testing.assert_array_equal(message.arrays["mean"], np.arange(3.0))
+    assert message.arrays["first0"] == 4
+    small = carrier.is_light or size == 10
+    assert (len(frame) < 1000) == small

@@ -1,8 +1,8 @@
 """How the messages of a task reach others: all of them through Spark, or the large ones in files.
 
-What Spark's shuffle carries crosses two pipes and is copied some ten times on the way. Where every
-task runs on the same host, a file that the receiver maps into its memory costs one copy, and Spark
-carries its path.
+What Spark carries crosses two pipes, is copied some ten times on the way, and is kept in the JVM's
+heap. Where every task runs on the same host, a file that the receiver maps into its memory costs
+one copy, and Spark carries its path.
 """
 
 from __future__ import annotations
@@ -20,24 +20,32 @@ from dataclasses import dataclass
 from tfspark.errors import TrainingError
 from tfspark.sync.engine import RankState, Run
 from tfspark.sync.frames import Message, chunks, decode, encode
-from tfspark.sync.messages import shard_message, state_to_message
+from tfspark.sync.messages import shard_message, state_from_message, state_to_message
 
 _PATH = b"TFSP"
 
 
 class Carrier(ABC):
-    """Makes frames of messages and messages of frames, in the tasks of one round.
+    """Makes frames of messages, in the tasks of one round; `message_of` is the way back.
 
     Packing the same message again gives a frame with the same content, so any task may run again.
+
+    Attributes:
+        is_light: whether frames are small however large messages are.
     """
 
-    @abstractmethod
-    def pack(self, message: Message, step: int, target: int) -> bytes:
-        """A frame that Spark carries to rank `target`, for the step after `step` finished ones."""
+    is_light: bool
 
     @abstractmethod
-    def unpack(self, frame: bytes) -> Message:
-        """The message of a frame; its arrays are read-only."""
+    def pack(self, message: Message, step: int, target: int | str) -> bytes:
+        """A frame for Spark to carry.
+
+        Args:
+            message: what the frame is to say.
+            step: finished ones.
+            target: the rank that it goes to, or another word that tells it from the rest of the
+                messages of that kind, rank and step.
+        """
 
     @abstractmethod
     def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
@@ -51,13 +59,11 @@ class Carrier(ABC):
 class FrameCarrier(Carrier):
     """The frame is the message: Spark carries all of it, to any host."""
 
-    def pack(self, message: Message, step: int, target: int) -> bytes:
+    is_light = False
+
+    def pack(self, message: Message, step: int, target: int | str) -> bytes:
         """See `Carrier`."""
         return encode(message)
-
-    def unpack(self, frame: bytes) -> Message:
-        """See `Carrier`."""
-        return decode(frame)
 
     def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
         """See `Carrier`."""
@@ -77,6 +83,8 @@ class FileCarrier(Carrier):
         folder: of the round, on a disk or in memory that all ranks share.
         least_bytes: of a message that is worth a file; what is smaller fills no pipe's buffer.
     """
+
+    is_light = True
 
     folder: str
     least_bytes: int = 65536
@@ -98,21 +106,6 @@ class FileCarrier(Carrier):
         os.replace(unfinished, path)
         return _PATH + os.fsencode(path)
 
-    def unpack(self, frame: bytes) -> Message:
-        """See `Carrier`."""
-        if not frame.startswith(_PATH):
-            return decode(frame)
-        path = os.fsdecode(frame[len(_PATH) :])
-        try:
-            with open(path, "rb") as file:
-                # The map stays for as long as one of the message's arrays does.
-                return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except FileNotFoundError:
-            raise TrainingError(
-                "What ranks tell each other in a round stays in Spark's local folder until it "
-                f"ends. Received: no file {path}. Keep other programs from deleting files there."
-            ) from None
-
     def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
         """See `Carrier`."""
         # A state has all that a shard message has, and only what is looked at is read. Receivers
@@ -129,20 +122,52 @@ class FileCarrier(Carrier):
         return os.path.join(self.folder, f"{step}-{rank}")
 
 
+def message_of(frame: bytes) -> Message:
+    """The message of a frame that any carrier has packed; its arrays are read-only.
+
+    Raises:
+        TrainingError: its file has gone, or it is no frame.
+    """
+    if not frame.startswith(_PATH):
+        return decode(frame)
+    path = os.fsdecode(frame[len(_PATH) :])
+    try:
+        with open(path, "rb") as file:
+            # The map stays for as long as one of the message's arrays does.
+            return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except FileNotFoundError:
+        raise TrainingError(
+            "What ranks tell each other and themselves stays in Spark's local folder until the "
+            f"next round has ended. Received: no file {path}. Keep other programs from deleting "
+            "files there."
+        ) from None
+
+
+def shard_frame(frame: bytes) -> bytes:
+    """The part of a state that every rank needs for its gradient, from the frame of a commit."""
+    # In a file only what is looked at is read.
+    return frame if frame.startswith(_PATH) else encode(shard_message(state_of(frame)))
+
+
+def state_of(frame: bytes) -> RankState:
+    """The state of a rank, from the frame of a commit."""
+    return state_from_message(message_of(frame))
+
+
 @contextmanager
 def through_spark() -> Iterator[Carrier]:
-    """A round whose messages go through Spark's shuffle: on any cluster."""
+    """Messages go through Spark: on any cluster."""
     yield FrameCarrier()
 
 
 @contextmanager
 def through_files(parent: str) -> Iterator[Carrier]:
-    """A round whose large messages are files, where all ranks run on the driver's host.
+    """Large messages are files, where all ranks run on the driver's host.
 
     Args:
-        parent: an existing folder. The round makes one of its own there, and deletes it.
+        parent: an existing folder. A folder there holds the files and is deleted with them.
     """
-    folder = tempfile.mkdtemp(prefix="round-", dir=parent)
+    folder = tempfile.mkdtemp(prefix="messages-", dir=parent)
     try:
         yield FileCarrier(folder)
     finally:

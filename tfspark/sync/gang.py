@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pyspark import BarrierTaskContext, Broadcast, SparkContext, StorageLevel
@@ -40,16 +41,23 @@ from tfspark.errors import (
     WorkerLostError,
 )
 from tfspark.sync import wire
+from tfspark.sync.carriers import Carrier, state_of, through_spark
 from tfspark.sync.control import MAX_LINE_BYTES
-from tfspark.sync.engine import RankState, RoundPlan, RoundResult, Run, StepRecord
-from tfspark.sync.frames import decode, encode
+from tfspark.sync.engine import RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.interrupts import run_interruptibly
 from tfspark.sync.local_steps import LocalRank, patience_with
 from tfspark.sync.member import Member
-from tfspark.sync.messages import state_from_message, state_to_message
+from tfspark.sync.messages import state_to_message
 from tfspark.sync.rendezvous import Rendezvous
-from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
+from tfspark.sync.spark_engine import (
+    Carriers,
+    Commit,
+    Select,
+    SparkEngine,
+    handle_frames,
+    news_of,
+)
 from tfspark.sync.tasks import handle_first, memory_kept, program_of, reader_of
 from tfspark.sync.tolerant_rank import TolerantRank
 
@@ -71,8 +79,8 @@ class GangEngine(SparkEngine):
     name = "gang"
     most_steps = None
 
-    def __init__(self, context: SparkContext, handles: RDD):
-        super().__init__(context, handles)
+    def __init__(self, context: SparkContext, handles: RDD, carriers: Carriers = through_spark):
+        super().__init__(context, handles, carriers)
         settings = context.getConf()
         self._host = str(settings.get("spark.driver.host"))
         self._bind_host = str(settings.get("spark.driver.bindAddress", self._host))
@@ -88,7 +96,7 @@ class GangEngine(SparkEngine):
         return frames
 
     def round(
-        self, commit: RDD, plan: RoundPlan, tell: Callable[[StepRecord], None] | None = None
+        self, commit: Commit, plan: RoundPlan, tell: Callable[[StepRecord], None] | None = None
     ) -> RoundResult:
         started = time.perf_counter()
         assert self._run is not None and self._handles is not None, "start() comes first"
@@ -111,7 +119,8 @@ class GangEngine(SparkEngine):
             bind_host=self._bind_host,
             ports=self._ports,
         ) as meeting:
-            task = _Round(
+            task = partial(
+                _Round,
                 self._run,
                 plan,
                 meeting.address,
@@ -120,10 +129,12 @@ class GangEngine(SparkEngine):
                 patience_with(run.average_every, self._longest_alone_s),
                 self._news,
             )
-            final = wire.frames(wire.zip_frames(self._handles, commit), task, barrier=True)
+            pairs = wire.zip_frames(self._handles, commit.frames)
             try:
                 result, outcome = run_interruptibly(
-                    lambda: self._committed(final),
+                    lambda: self._committed(
+                        lambda keep: wire.frames(pairs, task(keep), barrier=True)
+                    ),
                     on_interrupt=meeting.interrupt,
                     cancel=self._cancel,
                     grace_s=min(_GRACE_S + 2 * (self._longest_alone_s or 0.0), _MOST_GRACE_S),
@@ -139,16 +150,14 @@ class GangEngine(SparkEngine):
             result, outcome.records, outcome.halt, seconds, fixed_s=max(0.0, seconds - in_steps)
         )
 
-    def collect(
-        self, commit: RDD, select: Callable[[Run, RankState], RankState]
-    ) -> Iterator[RankState]:
-        assert self._run is not None, "start() comes first"
+    def _one_by_one(self, commit: Commit, select: Select) -> Iterator[bytes]:
         # Spark computes all partitions of a barrier stage or none, so one job for each rank.
+        assert self._run is not None
         for rank in range(self._run.value.num_ranks):
-            selected = wire.frames(commit, _SelectRank(self._run, select, rank))
+            selected = wire.frames(commit.frames, _OfRank(rank, select))
             with self._job():
                 (frame,) = selected.collect()
-            yield state_from_message(decode(frame))
+            yield frame
 
     def _cause(
         self, error: TFSparkError, failures: list[tuple[int, str]], told: dict[int, str]
@@ -188,6 +197,7 @@ class _Round:
     ports: range | None
     patience: Patience
     news: Any  # Accumulator of {rank: (finished steps, halt, records)}
+    keep: Carrier
 
     def __call__(self, rank: int, pairs: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
         handle, frames = handle_first(pairs)
@@ -195,20 +205,21 @@ class _Round:
         run = self.run.value
         with reporting(rank=rank, phase="round"):
             program, reader = program_of(run), reader_of(run, handle)
-            state = state_from_message(decode(frame)).settled()
-            reader.prefetch(state.step)
+            step = self.plan.first_step
+            reader.prefetch(step)
             with self._member(rank, run.num_ranks) as member:
-                member.links.share_memory(step=state.step, timeout_s=_MEETING_S)
+                member.links.share_memory(step=step, timeout_s=_MEETING_S)
                 gang = rank_class(run)(program, reader, member.links, self.patience)
                 if rank == 0:  # one speaks and listens for all
                     teller = _Teller(member)
                     gang.tell, gang.interrupted = teller.tell, teller.interrupted
                 with memory_kept():
-                    state = gang.take_steps(state, self.plan)
+                    # Held here, the state before the round would stay in memory all through it.
+                    state = gang.take_steps(state_of(frame).settled(), self.plan)
                 patience_s = self.patience.limit_s(first=True)
                 member.links.leave(step=state.step, timeout_s=patience_s)
         self.news.add({rank: news_of(run, state)})
-        yield encode(state_to_message(state))
+        yield self.keep.pack(state_to_message(state), state.step, "commit")
 
     @contextmanager
     def _member(self, rank: int, num_ranks: int) -> Iterator[Member]:
@@ -239,18 +250,16 @@ class _Round:
 
 
 @dataclass(frozen=True)
-class _SelectRank:
+class _OfRank:
     """Selects from the state of one rank; yields nothing for the others."""
 
-    run: Broadcast
-    select: Callable[[Run, RankState], RankState]
     rank: int
+    select: Select
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
         for frame in frames:
             if rank == self.rank:
-                state = self.select(self.run.value, state_from_message(decode(frame)))
-                yield encode(state_to_message(state))
+                yield from self.select(rank, [frame])
 
 
 def rank_class(run: Run) -> type[GangRank]:

@@ -23,19 +23,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pyspark import Broadcast, SparkContext, StorageLevel
+from pyspark import Broadcast, StorageLevel
 from pyspark.rdd import RDD
 
 from tfspark.data.failures import reporting
 from tfspark.sync import wire
-from tfspark.sync.carriers import Carrier, through_spark
+from tfspark.sync.carriers import Carrier, message_of, state_of
 from tfspark.sync.engine import Halt, RankState, RoundPlan, RoundResult, Run, StepRecord
-from tfspark.sync.frames import Message, decode, encode
+from tfspark.sync.frames import Message, encode
 from tfspark.sync.local import sum_in_rank_order
 from tfspark.sync.messages import (
     Contribution,
@@ -43,7 +42,7 @@ from tfspark.sync.messages import (
     state_from_message,
     state_to_message,
 )
-from tfspark.sync.spark_engine import SparkEngine, handle_frames, news_of
+from tfspark.sync.spark_engine import Commit, SparkEngine, handle_frames, news_of
 from tfspark.sync.tasks import handle_first, program_of, reader_of
 
 
@@ -53,16 +52,6 @@ class ShuffleEngine(SparkEngine):
     name = "shuffle"
     most_steps = 32  # a chained round is one lineage, which Spark plans and schedules as a whole
 
-    def __init__(
-        self,
-        context: SparkContext,
-        handles: RDD,
-        carriers: Callable[[], AbstractContextManager[Carrier]] = through_spark,
-    ):
-        """See `SparkEngine`; `carriers` opens a carrier for each round."""
-        super().__init__(context, handles)
-        self._carriers = carriers
-
     def _round_handles(self, run: Run) -> RDD:
         # One frame per rank that will send to the partition, so that the two sides zip.
         frames = handle_frames(self._source, run.num_ranks)
@@ -71,7 +60,7 @@ class ShuffleEngine(SparkEngine):
 
     def round(
         self,
-        commit: RDD,
+        commit: Commit,
         plan: RoundPlan,
         tell: Callable[[StepRecord], None] | None = None,
     ) -> RoundResult:
@@ -81,7 +70,7 @@ class ShuffleEngine(SparkEngine):
         self._release_all_but(commit)
         with self._carriers() as carrier:
             scatter = _Scatter(self._run, plan.first_step, carrier)
-            received = wire.exchange(commit, scatter, run.num_ranks)
+            received = wire.exchange(commit.frames, scatter, run.num_ranks)
             for index, rates in enumerate(plan.learning_rates):
                 step = plan.first_step + index
                 pairs = wire.zip_frames(self._handles, received)
@@ -93,11 +82,11 @@ class ShuffleEngine(SparkEngine):
                 update = _Update(self._run, step, carrier, rates, plan.stop)
                 if index + 1 < plan.num_steps:
                     received = wire.exchange(gradients, _Thenscatter(update), run.num_ranks)
-                else:
-                    final = wire.frames(gradients, _Thencommit(update, self._news))
             submitted = time.perf_counter()
             try:
-                result, outcome = self._committed(final)
+                result, outcome = self._committed(
+                    lambda keep: wire.frames(gradients, _Thencommit(update, keep, self._news))
+                )
             finally:
                 in_job_s = time.perf_counter() - submitted
                 wire.clean_shuffles(gradients)
@@ -117,7 +106,7 @@ class _Scatter:
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         (frame,) = frames
-        state = state_from_message(decode(frame)).settled()
+        state = state_of(frame).settled()
         yield from self.carrier.state_to_all(self.run.value, state, self.step)
 
 
@@ -140,7 +129,7 @@ class _Gradient:
             reader.prefetch(self.step)  # while the weights arrive
             own, messages = None, []
             for frame in frames:
-                message = self.carrier.unpack(frame)
+                message = message_of(frame)
                 messages.append(message)
                 if message.source == rank:
                     own = frame
@@ -169,7 +158,7 @@ class _Sums:
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         frames = list(frames)
-        parts, sums, own = _receive(self.carrier, frames)
+        parts, sums, own = _receive(frames)
         run = self.run.value
         with reporting(rank=rank, step=self.step + 1, phase=f"{self.kind} sums"):
             program, state = program_of(run), state_from_message(own)
@@ -197,7 +186,7 @@ class _Update:
     stop: Callable[[int, float], bool] | None
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> RankState:
-        parts, sums, own = _receive(self.carrier, frames)
+        parts, sums, own = _receive(frames)
         with reporting(rank=rank, step=self.step + 1, phase="update"):
             program = program_of(self.run.value)
             return program.apply(
@@ -226,21 +215,22 @@ class _Thencommit:
     """The last stage of a round; every rank tells the driver what happened."""
 
     update: _Update
+    keep: Carrier
     news: Any  # Accumulator of {rank: (finished steps, halt, records)}
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
         state = self.update(rank, frames)
         self.news.add({rank: news_of(self.update.run.value, state)})
-        yield encode(state_to_message(state))
+        yield self.keep.pack(state_to_message(state), state.step, "commit")
 
 
 def _receive(
-    carrier: Carrier, frames: Iterable[bytes]
+    frames: Iterable[bytes],
 ) -> tuple[list[Message], dict[str, np.ndarray], Message]:
     """The gradients by rank, the sums over all ranks by kind, and what this rank sent itself."""
     gradients, sums, own = [], [], None
     for frame in frames:
-        message = carrier.unpack(frame)
+        message = message_of(frame)
         if message.kind == "gradient":
             gradients.append(message)
         elif message.kind == "sums":

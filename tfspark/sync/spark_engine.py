@@ -1,7 +1,8 @@
 """What all engines on Spark share: commits are RDDs, one frame per rank.
 
 A commit is computed by a round's last tasks, persisted, on two executors where there are two, and
-cut off from its lineage. An engine adds how a round is run.
+cut off from its lineage. Where a carrier of files packed it, what is persisted are paths, and the
+files live as long. An engine adds how a round is run.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 from py4j.protocol import Py4JNetworkError
@@ -27,6 +29,7 @@ from tfspark.errors import StoreLostError
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.pure import PureGraph
 from tfspark.sync import wire
+from tfspark.sync.carriers import Carrier, state_of, through_spark
 from tfspark.sync.engine import (
     Engine,
     Halt,
@@ -37,11 +40,31 @@ from tfspark.sync.engine import (
     merge_accumulators,
     merge_outcomes,
 )
-from tfspark.sync.frames import decode, encode
-from tfspark.sync.messages import state_from_message, state_to_message
+from tfspark.sync.messages import state_to_message
 from tfspark.sync.tasks import Scatter, by_source, handle_first, program_of
 
 _MOST_CANCELS = 10
+
+
+Carriers: TypeAlias = Callable[[], AbstractContextManager[Carrier]]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The states of all ranks after a step.
+
+    Attributes:
+        frames: persisted; partition `r` holds the frame of rank `r`.
+        held: what the frames need, such as files.
+    """
+
+    frames: RDD
+    held: ExitStack
+
+    def release(self) -> None:
+        """Frees it; does not wait."""
+        wire.release(self.frames)
+        self.held.close()
 
 
 class SparkEngine(Engine):
@@ -50,15 +73,17 @@ class SparkEngine(Engine):
     Args:
         context: the SparkContext.
         handles: RDD of the training set's handles, partition `r` holding the handle of rank `r`.
+        carriers: opens a carrier, for as long as what it packed is needed.
     """
 
-    def __init__(self, context: SparkContext, handles: RDD):
+    def __init__(self, context: SparkContext, handles: RDD, carriers: Carriers = through_spark):
         self._context = context
         self._source = handles
+        self._carriers = carriers
         self._run: Broadcast | None = None
         self._handles: RDD | None = None
         self._evaluated: tuple[RDD, RDD] | None = None  # handles as they came, and as frames
-        self._commits: list[RDD] = []
+        self._commits: list[Commit] = []
         self._job_tag = f"tfspark-{uuid.uuid4().hex}"
         # One for all rounds: PySpark never forgets an accumulator.
         self._news = context.accumulator({}, _LatestByRank())
@@ -70,32 +95,41 @@ class SparkEngine(Engine):
         Marked as persisted: on one executor, with the store, whose loss must be that of the handle.
         """
 
-    def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> RDD:
+    def start(self, run: Run, make_state: Callable[[Run, int], RankState]) -> Commit:
         self._run = self._context.broadcast(run)
         self._handles = self._round_handles(run)
         self._compute(self._handles)
         ranks = wire.empty(self._context, run.num_ranks)
-        self._commits = [self._persisted(wire.frames(ranks, _Start(self._run, make_state)))]
+        start = partial(_Start, self._run, make_state)
+        self._commits = [self._commit(lambda keep: wire.frames(ranks, start(keep)))]
         return self._commits[0]
 
-    def map_states(self, commit: RDD, function: Callable[[Run, RankState], Any]) -> list[Any]:
+    def map_states(self, commit: Commit, function: Callable[[Run, RankState], Any]) -> list[Any]:
         assert self._run is not None, "start() comes first"
         with self._job():
-            return commit.mapPartitions(_OnState(self._run, function)).collect()
+            return commit.frames.mapPartitions(_OnState(self._run, function)).collect()
 
     def collect(
-        self, commit: RDD, select: Callable[[Run, RankState], RankState]
+        self, commit: Commit, select: Callable[[Run, RankState], RankState]
     ) -> Iterator[RankState]:
         assert self._run is not None, "start() comes first"
-        selected = wire.frames(commit, _Select(self._run, select))
+        with self._carriers() as carrier:
+            task = Select(self._run, select, carrier)
+            if carrier.is_light:
+                with self._job():
+                    frames = iter(wire.frames(commit.frames, task).collect())
+            else:
+                frames = self._one_by_one(commit, task)
+            yield from map(state_of, frames)
+
+    def _one_by_one(self, commit: Commit, select: Select) -> Iterator[bytes]:
+        """Selected frames by rank; the driver never holds more than one."""
         with self._job():
-            # One job per rank: the driver never holds more than one frame beside what it keeps.
-            for frame in selected.toLocalIterator():
-                yield state_from_message(decode(frame))
+            yield from wire.frames(commit.frames, select).toLocalIterator()
 
     def evaluate(
         self,
-        commit: RDD,
+        commit: Commit,
         evaluation: Evaluation,
         handles: RDD,
         mapping: PureGraph | None,
@@ -105,7 +139,7 @@ class SparkEngine(Engine):
         num_ranks = self._run.value.num_ranks
         partitions = handles.getNumPartitions()
         shared = self._context.broadcast((evaluation, mapping))
-        received = wire.exchange(commit, Scatter(partitions), partitions)
+        received = wire.exchange(commit.frames, Scatter(partitions), partitions)
         try:
             pairs = wire.zip_frames(self._evaluation_handles(handles, num_ranks), received)
             with self._job():
@@ -154,20 +188,20 @@ class SparkEngine(Engine):
         with self._job():
             wire.compute(handles)
 
-    def _committed(self, frames: RDD) -> tuple[RDD | None, Outcome]:
-        """Computes the last RDD of a round: the commit, if the ranks agree, and what they say."""
+    def _committed(self, make: Callable[[Carrier], RDD]) -> tuple[Commit | None, Outcome]:
+        """Ends a round: the commit, if the ranks agree, and what they say; see `_commit`."""
         self._news.value = {}
-        commit = self._persisted(frames)
+        commit = self._commit(make)
         outcome = merge_outcomes(self._told(commit))
         if not outcome.consistent:
-            wire.release(commit)
+            commit.release()
             return None, outcome
         # Both stay until the next round says which one the caller has: it may be interrupted
         # before it hears of the new one.
         self._commits.append(commit)
         return commit, outcome
 
-    def _told(self, commit: RDD) -> list[tuple[int, Halt | None, tuple[StepRecord, ...]]]:
+    def _told(self, commit: Commit) -> list[tuple[int, Halt | None, tuple[StepRecord, ...]]]:
         """What every rank says of a round: finished steps, halt, records."""
         assert self._run is not None
         told = self._news.value
@@ -177,16 +211,20 @@ class SparkEngine(Engine):
             told = dict(enumerate(self.map_states(commit, news_of)))
         return [told[rank] for rank in range(self._run.value.num_ranks)]
 
-    def _persisted(self, frames: RDD) -> RDD:
-        frames.persist(wire.commit_level(self._context))
-        frames.localCheckpoint()
+    def _commit(self, make: Callable[[Carrier], RDD]) -> Commit:
+        """Computes and keeps the frames that `make` describes, packed by the carrier it gets."""
+        with ExitStack() as held:
+            frames = make(held.enter_context(self._carriers()))
+            frames.persist(wire.commit_level(self._context))
+            frames.localCheckpoint()
+            commit = Commit(frames, held.pop_all())
         try:
             with self._job():
                 wire.compute(frames)
         except BaseException:
-            wire.release(frames)
+            commit.release()
             raise
-        return frames
+        return commit
 
     @contextmanager
     def _job(self) -> Iterator[None]:
@@ -216,10 +254,10 @@ class SparkEngine(Engine):
             else:
                 return
 
-    def _release_all_but(self, commit: RDD | None) -> None:
+    def _release_all_but(self, commit: Commit | None) -> None:
         for other in self._commits:
             if other is not commit:
-                wire.release(other)
+                other.release()
         self._commits = [] if commit is None else [commit]
 
 
@@ -254,12 +292,14 @@ class _HandleFrames:
 class _Start:
     run: Broadcast
     make_state: Callable[[Run, int], RankState]
+    keep: Carrier
 
     def __call__(self, rank: int, nothing: Iterable[Any]) -> Iterator[bytes]:
         for _ in nothing:  # a task reads its input to the end, also where there is none
             pass
         with reporting(rank=rank, phase="start"):
-            yield encode(state_to_message(self.make_state(self.run.value, rank)))
+            state = self.make_state(self.run.value, rank)
+            yield self.keep.pack(state_to_message(state), state.step, "commit")
 
 
 @dataclass(frozen=True)
@@ -269,20 +309,23 @@ class _OnState:
 
     def __call__(self, frames: Iterable[bytes]) -> Iterator[Any]:
         (frame,) = frames
-        state = state_from_message(decode(frame))
+        state = state_of(frame)
         with reporting(rank=state.rank, step=state.step, phase="commit"):
             yield self.function(self.run.value, state)
 
 
 @dataclass(frozen=True)
-class _Select:
+class Select:
+    """Selects from the states of a commit what goes to the driver."""
+
     run: Broadcast
     select: Callable[[Run, RankState], RankState]
+    carrier: Carrier
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
         for frame in frames:
-            state = self.select(self.run.value, state_from_message(decode(frame)))
-            yield encode(state_to_message(state))
+            state = self.select(self.run.value, state_of(frame))
+            yield self.carrier.pack(state_to_message(state), state.step, "driver")
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from tfspark.data.batches import BatchReader
 from tfspark.data.store import Handle
 from tfspark.errors import TrainingError
 from tfspark.graphdef.loader import configure_threads
+from tfspark.sync.carriers import message_of, shard_frame
 from tfspark.sync.engine import Run
-from tfspark.sync.frames import Message, decode, encode
-from tfspark.sync.messages import shard_message, state_from_message
+from tfspark.sync.frames import Message
 from tfspark.sync.rank import RankProgram, rank_program
 
 _FROZEN: set[str] = set()  # runs of this worker
@@ -106,7 +106,7 @@ def handle_first(pairs: Iterable[tuple[bytes, bytes]]) -> tuple[Handle, Iterator
 
 def by_source(frames: Iterable[bytes]) -> list[Message]:
     """Messages by rank."""
-    return sorted(map(decode, frames), key=lambda message: message.source)
+    return sorted(map(message_of, frames), key=lambda message: message.source)
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,6 @@ class Scatter:
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         (frame,) = frames
-        shard = encode(shard_message(state_from_message(decode(frame)).settled()))
+        shard = shard_frame(frame)
         for target in range(self.num_targets):
             yield target, shard

@@ -136,9 +136,7 @@ def make_engine(name: str, materialised: Any, context: SparkContext | None) -> E
     if name == "local":
         return LocalEngine(materialised.handles)
     assert context is not None
-    if name == "gang":
-        return GangEngine(context, materialised.rdd)
-    if in_process(context):
-        carriers = partial(through_files, wire.scratch_folder(context))
-        return ShuffleEngine(context, materialised.rdd, carriers)
-    return ShuffleEngine(context, materialised.rdd, through_spark)
+    engine = GangEngine if name == "gang" else ShuffleEngine
+    shares_files = in_process(context)
+    carriers = partial(through_files, wire.scratch_folder(context))
+    return engine(context, materialised.rdd, carriers if shares_files else through_spark)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +18,9 @@ from pyspark import Broadcast, SparkContext
 import tfspark
 from tfspark.errors import CheckpointError
 from tfspark.graph.program import Program, StateSlot, UpdateProgram
+from tfspark.sync.carriers import FileCarrier, message_of
 from tfspark.sync.engine import Engine, RankState, Run
+from tfspark.sync.frames import Message
 from tfspark.train.checkpoint import Attempt, CheckpointStore
 from tfspark.train.manifest import (
     GroupEntry,
@@ -86,16 +90,16 @@ class FromValues:
     """Makes the state of a rank before the first step, from the initial weights.
 
     Attributes:
-        flat: a Spark broadcast of the flat vector `[P]`, or `Here`.
+        flat: holds the flat vector `[P]`.
     """
 
-    flat: Broadcast | Here
+    flat: Broadcast | InFile | Here
 
     def __call__(self, run: Run, rank: int) -> RankState:
         return RankState.initial(run, self.flat.value, rank)
 
     def release(self) -> None:
-        """Frees the broadcast, once no commit is computed from it any more."""
+        """Frees what holds it, once no commit is computed from it any more."""
         self.flat.destroy()
 
 
@@ -107,6 +111,35 @@ class Here:
 
     def destroy(self) -> None:
         """Nothing that a broadcast would have to free."""
+
+
+@dataclass(frozen=True)
+class InFile:
+    """An array in a file that all ranks can map, where a broadcast would pass the JVM.
+
+    Attributes:
+        folder: of its own.
+        frame: of a `FileCarrier`.
+    """
+
+    folder: str
+    frame: bytes
+
+    @classmethod
+    def write(cls, value: np.ndarray, parent: str) -> InFile:
+        """Writes an array into a new folder in `parent`."""
+        folder = tempfile.mkdtemp(prefix="initial-", dir=parent)
+        message = Message("initial", 0, {}, {"value": value})
+        return cls(folder, FileCarrier(folder).pack(message, 0, "all"))
+
+    @property
+    def value(self) -> np.ndarray:
+        """The array, read-only."""
+        return message_of(self.frame).arrays["value"]
+
+    def destroy(self) -> None:
+        """Deletes the file."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import numpy as np
 from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
-from tfspark.context import slots, task_threads
+from tfspark.context import in_process, slots, task_threads
 from tfspark.data.order import BatchOrder
 from tfspark.errors import TFSparkError
 from tfspark.graph.evaluation import results
 from tfspark.graph.optimizers import clipping_of
+from tfspark.sync import wire
 from tfspark.sync.engine import Engine, Run
 from tfspark.train.engines import check_leave_out, choose_engine, make_engine, materialise
 from tfspark.train.left_out import LeftOutRows
@@ -25,7 +26,7 @@ from tfspark.train.loop import TrainingLoop, progress_at, score_of
 from tfspark.train.pacing import Pacing
 from tfspark.train.progress import planned_steps, progress_reporter
 from tfspark.train.recipe import Recipe
-from tfspark.train.saving import FromCheckpoint, FromValues, Here, Trained
+from tfspark.train.saving import FromCheckpoint, FromValues, Here, InFile, Trained
 from tfspark.train.triggers import Trigger
 
 logger = logging.getLogger("tfspark")
@@ -146,6 +147,8 @@ class Training:
         if self._name == "local":
             return FromValues(Here(flat))
         assert self._context is not None
+        if in_process(self._context):
+            return FromValues(InFile.write(flat, wire.scratch_folder(self._context)))
         return FromValues(self._context.broadcast(flat))
 
     def _bring_home(self) -> None:
