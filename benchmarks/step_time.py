@@ -25,7 +25,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer, TrainSummary, init_nncontext
-from tfspark.context import slots
+from tfspark.slots import slots
 
 WIDTHS = {"10 k": (32, 92, 68), "1 M": (64, 960, 960), "10 M": (256, 3020, 3020)}
 CLASSES = 10

@@ -15,16 +15,17 @@ BELOW = {
     "errors": set(),
     "_aligned": set(),
     "_optional": {"errors"},
-    "context": {"errors"},
+    "slots": {"errors"},
+    "context": {"errors", "slots"},
     "daemon": set(),  # names modules of all layers, and imports them for others
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},
     "graph": {"errors", "graphdef", "data"},
     "sync": {"errors", "_aligned", "graphdef", "data", "graph"},
-    "train": {"errors", "_optional", "context", "graphdef", "data", "graph", "sync"},
+    "train": {"errors", "_optional", "slots", "graphdef", "data", "graph", "sync"},
 }
 FRAMEWORKS = {
-    "pyspark": {"context", "daemon", "data", "sync", "train"},
+    "pyspark": {"context", "slots", "daemon", "data", "sync", "train"},
     "py4j": {"context", "data", "sync", "train"},
     "tensorflow": {"graphdef", "data", "graph", "sync", "train"},
     "keras": {"graphdef", "graph", "sync", "train"},

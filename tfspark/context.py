@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 
 from tfspark.errors import ClusterError, InvalidInputError
+from tfspark.slots import in_process, slots
 
 logger = logging.getLogger("tfspark")
 
@@ -51,12 +51,8 @@ _SMALL_HEAP = "-XX:GCTimeRatio=9 -XX:MinHeapFreeRatio=20 -XX:MaxHeapFreeRatio=40
 _TASK_LOGGERS = (
     "org.apache.spark.executor.Executor",
     "org.apache.spark.scheduler.TaskSetManager",
+    "org.apache.spark.TaskContextImpl",
 )
-
-# How long executors may take to register, and how long their number must stay the same for the
-# cluster to count as complete.
-_REGISTRATION_S = 60.0
-_SETTLED_S = 5.0
 
 _checked: weakref.WeakSet[SparkContext] = weakref.WeakSet()
 
@@ -83,7 +79,7 @@ def init_nncontext(
       without the errors of single tasks, which the driver raises; warnings and errors only from
       the workers' TensorFlow; on Linux, Python workers that are forked from a process that has
       imported TensorFlow (`spark.python.daemon.module`), so that they start at once and share its
-      memory;
+      memory, and one tiny job in the background that has Spark start it;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
@@ -130,56 +126,6 @@ def init_nncontext(
             raise
         _checked.add(context)
     return context
-
-
-def slots(context: SparkContext) -> int:
-    """How many tasks the application can run at once; the default of `num_ranks`.
-
-    Waits until the executors that were asked for have registered: on some clusters a new
-    SparkContext has none for the first seconds. With dynamic allocation it is the number that
-    Spark may grow to, or starts with where no limit is set.
-
-    Raises:
-        ClusterError: no executor registered within a minute, or `spark.task.cpus` is more than an
-            executor has.
-
-    Example:
-        >>> slots(init_nncontext(master="local[4]"))  # doctest: +SKIP
-        4
-    """
-    settings = dict(context.getConf().getAll())
-    expected = _expected_slots(settings)
-    registered = _registered_slots(context)
-    if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
-        return max(registered, expected)
-    if not in_process(context):
-        registered = _await_slots(lambda: _registered_slots(context), expected)
-    if registered < 1:
-        raise ClusterError(
-            "Training needs at least one task slot: executors times their cores, divided by "
-            f"spark.task.cpus. Received: none on {settings.get('spark.master')} with "
-            f"spark.task.cpus={task_threads(context)}. Give the application more cores, or lower "
-            "spark.task.cpus."
-        )
-    if expected and registered < expected:
-        logger.warning("%d of %d task slots have registered.", registered, expected)
-    return registered
-
-
-def busy_slots(context: SparkContext) -> int:
-    """How many tasks of the application run, whoever started them, as of a moment ago.
-
-    Spark's status follows what happens by a tenth of a second.
-    """
-    tracker = context.statusTracker()
-    # A stage may end between the two questions.
-    stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
-    return sum(stage.numActiveTasks for stage in stages if stage)
-
-
-def task_threads(context: SparkContext) -> int:
-    """TensorFlow threads of one task: the cores that Spark gives it, `spark.task.cpus`."""
-    return int(context.getConf().get("spark.task.cpus", "1"))
 
 
 # Starting Spark
@@ -267,7 +213,25 @@ def _start(requested: dict[str, str]) -> SparkContext:
     context = SparkContext(conf=conf)
     if not chosen_level and "spark.log.level" in _defaults(master):
         _silence(context, _TASK_LOGGERS)
+    if in_process(context) and conf.get("spark.python.daemon.module") == "tfspark.daemon":
+        _start_workers(context)
     return context
+
+
+def _start_workers(context: SparkContext) -> None:
+    """Has Spark start what workers are forked from, while the script builds its model.
+
+    That imports for some seconds, which would be the first task's otherwise.
+    """
+    context.setJobDescription("Python workers start")
+    # Asynchronous in the JVM: no thread of Python waits for it, nor is there an error of it here.
+    context.parallelize([0], 1).mapPartitions(_read())._jrdd.countAsync()
+    context._jsc.setLocalProperty("spark.job.description", None)
+
+
+def _read() -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A task that reads its input to the end; nested, so that it travels by value."""
+    return lambda rows: [row for row in rows if row is None]
 
 
 def _silence(context: SparkContext, loggers: Iterable[str]) -> None:
@@ -563,62 +527,3 @@ def _worker_failure(text: str) -> str:
             f"executor. {remedy}"
         )
     return f"The executors cannot run Python tasks. Received: {text.strip()} {remedy}"
-
-
-# Slots
-
-
-def in_process(context: SparkContext) -> bool:
-    """Whether the driver is the only executor: `local`, `local[n]`, not `local-cluster`."""
-    return re.match(r"local(\[|$)", str(context.master)) is not None
-
-
-def _registered_slots(context: SparkContext) -> int:
-    """Tasks that the executors registered by now can run at once, as barrier stages count them."""
-    spark: Any = context._jsc.sc()
-    profile = spark.resourceProfileManager().defaultResourceProfile()
-    return int(spark.maxNumConcurrentTasks(profile))
-
-
-def _expected_slots(settings: Mapping[str, str]) -> int | None:
-    """Slots of the executors that were asked for; None where the settings do not tell."""
-    master = settings.get("spark.master", "")
-    cpus = int(settings.get("spark.task.cpus", 1))
-    if match := re.match(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)", master):
-        return int(match[1]) * (int(match[2]) // cpus)
-    # On YARN and Kubernetes an executor has one core unless told; on a standalone cluster it
-    # takes all cores of its host, and how many these are is not known here.
-    cores = settings.get("spark.executor.cores", None if master.startswith("spark:") else "1")
-    if cores is None:
-        total = settings.get("spark.cores.max")
-        return int(total) // cpus if total else None
-    per_executor = int(cores) // cpus
-    executors = int(settings.get("spark.executor.instances", 0))
-    if settings.get("spark.dynamicAllocation.enabled") == "true":
-        limit = settings.get("spark.dynamicAllocation.maxExecutors", "infinity")
-        if limit.isdigit() and int(limit) < 2**31 - 1:
-            return int(limit) * per_executor
-        for key in ("minExecutors", "initialExecutors"):
-            executors = max(executors, int(settings.get(f"spark.dynamicAllocation.{key}", 0)))
-    elif not executors and "spark.cores.max" in settings:
-        executors = int(settings["spark.cores.max"]) // int(cores)
-    return executors * per_executor or None
-
-
-def _await_slots(
-    count: Callable[[], int],
-    expected: int | None,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> int:
-    """The number of slots once all that are expected are there, or no more come."""
-    start = settled_since = clock()
-    number = count()
-    while expected is None or number < expected:
-        if clock() - start > _REGISTRATION_S or (number and clock() - settled_since > _SETTLED_S):
-            break
-        sleep(0.1)
-        before, number = number, count()
-        if number != before:
-            settled_since = clock()
-    return number

@@ -15,21 +15,39 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.abc
 import os
+import select
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
 
 from pyspark import daemon
 
 # Whatever a task of training imports. The first is PySpark's own part of a worker.
 MODULES = ("pyspark.worker", "tfspark.data.chunks", "tfspark.sync.gang", "tfspark.sync.shuffle")
 
+# TensorFlow imports Keras although it can do without, and Keras imports scikit-learn and Matplotlib
+# where they are installed: two fifths of the time, and a tenth of the memory. Tasks have graphs.
+LATER = ("keras", "tf_keras")
+
 
 def main() -> None:
     """Imports, then serves Spark until it closes standard input."""
     preload(MODULES)
+    if not _is_awaited():
+        return  # Spark was stopped meanwhile
     daemon.manager()
+
+
+def _is_awaited() -> bool:
+    """Whether anybody reads standard output, where the port will be written."""
+    output = select.poll()
+    output.register(1, 0)  # errors are always told
+    return not output.poll(0)
 
 
 def preload(modules: Iterable[str]) -> None:
@@ -41,9 +59,10 @@ def preload(modules: Iterable[str]) -> None:
     output = os.dup(1)
     os.dup2(2, 1)
     try:
-        for module in modules:
-            with suppress(ImportError):
-                importlib.import_module(module)
+        with postponed(LATER):
+            for module in modules:
+                with suppress(ImportError):
+                    importlib.import_module(module)
     finally:
         sys.stdout.flush()
         os.dup2(output, 1)
@@ -52,6 +71,39 @@ def preload(modules: Iterable[str]) -> None:
     # PySpark collects after every task.
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def postponed(packages: Iterable[str]) -> Iterator[None]:
+    """Keeps top-level packages from being imported, until the block ends.
+
+    They can still be found: TensorFlow looks for the folder of Keras, so that `tensorflow.keras` is
+    there when a task asks for it.
+    """
+    finder = _Postponed(packages)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Postponed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds packages, and refuses to load them."""
+
+    def __init__(self, packages: Iterable[str]):
+        self._packages = frozenset(packages)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The spec of one of the packages, with this object as its loader."""
+        spec = PathFinder.find_spec(name) if name in self._packages else None
+        if spec is not None:
+            spec.loader = self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Refuses."""
+        raise ImportError(f"{spec.name} is imported by the task that needs it.", name=spec.name)
 
 
 if __name__ == "__main__":

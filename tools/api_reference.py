@@ -39,7 +39,7 @@ SECTIONS = {
     ),
     "Errors": "tfspark.errors: *",
     "Checkpoint files": "tfspark.train.checkpoint: CheckpointStore Retention",
-    "Slots": "tfspark.context: slots",
+    "Slots": "tfspark.slots: slots",
     "Your own triggers and schedules": (
         "tfspark.train.triggers: Trigger Progress; tfspark.train.schedules: Schedule"
     ),

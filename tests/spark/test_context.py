@@ -14,6 +14,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from tfspark import context
+from tfspark.slots import slots, task_threads
 
 
 def test_the_active_context_is_joined(sc, caplog):
@@ -24,8 +25,8 @@ def test_the_active_context_is_joined(sc, caplog):
 
 
 def test_slots_and_threads_of_a_local_master(sc):
-    assert context.slots(sc) == 4  # local[4]
-    assert context.task_threads(sc) == 1
+    assert slots(sc) == 4  # local[4]
+    assert task_threads(sc) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PySpark's own daemon is used")
@@ -59,7 +60,8 @@ def test_data_frames_and_rdds_share_a_daemon(sc):
 
 STARTED = """
     import json
-    from tfspark.context import init_nncontext, slots, task_threads
+    from tfspark import init_nncontext
+    from tfspark.slots import slots, task_threads
     sc = init_nncontext({conf!r}, master={master!r})
     def where(rows):
         import importlib.util, sys
@@ -189,3 +191,29 @@ def test_executors_without_the_drivers_packages_are_named(run_python, tmp_path):
     output = run_python(source, PYSPARK_PYTHON=str(python)).stdout
     assert "refused: Executors need TensorFlow. Received: TensorFlow" in output
     assert "on the driver, none on" in output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PySpark's own daemon is used")
+def test_workers_start_without_a_task_of_the_script(run_python):
+    source = """
+        import time
+        from pathlib import Path
+        from tfspark import init_nncontext
+
+        context = init_nncontext(master="local[2]")
+        jvm = context._jvm.java.lang.ProcessHandle.current().pid()
+
+        def children():
+            tasks = Path(f"/proc/{jvm}/task").glob("*/children")
+            pids = " ".join(task.read_text() for task in tasks).split()
+            return [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
+
+        deadline = time.monotonic() + 60
+        while not any("tfspark.daemon" in line for line in children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        context.stop()  # while it imports
+    """
+    result = run_python(source)
+    assert " ERROR " not in result.stderr
+    assert "Traceback" not in result.stderr

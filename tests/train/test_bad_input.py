@@ -12,7 +12,6 @@ from keras import layers
 from training import assert_same_bits, classified, differ
 
 from tfspark import Adam, MaxEpoch, MaxIteration, TFDataset, TFOptimizer
-from tfspark.context import busy_slots
 from tfspark.errors import (
     InvalidInputError,
     NonFiniteError,
@@ -20,6 +19,7 @@ from tfspark.errors import (
     TrainingError,
     UnsupportedRuleError,
 )
+from tfspark.slots import busy_slots
 from tfspark.train.engines import choose_engine
 
 v1 = tf.compat.v1

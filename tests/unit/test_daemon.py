@@ -25,10 +25,31 @@ def test_nothing_that_is_imported_waits_for_a_thread_of_its_own(run_python):
     # Spark sets OMP_NUM_THREADS for its workers, which OpenBLAS heeds.
     result = run_python(PRELOADED.format(modules=daemon.MODULES), OMP_NUM_THREADS="1")
     found = json.loads(result.stdout)
-    assert {"tensorflow", "keras", *daemon.MODULES} <= set(found["modules"])
+    assert {"tensorflow", *daemon.MODULES} <= set(found["modules"])
+    assert not {"keras", "sklearn", "matplotlib"} & set(found["modules"])
     main, *others = found["threads"]
     assert main.startswith("python")
     assert set(others) <= {"jemalloc_bg_thd\n"}  # ended before a fork, and started after it
+
+
+def test_keras_is_there_for_a_task_that_asks_for_it(run_python):
+    source = """
+        import sys
+        preloads = {preloads}
+        if preloads:
+            from tfspark import daemon
+            daemon.preload(daemon.MODULES)
+        import tensorflow as tf
+        print(sorted(tf.__path__))
+        import tensorflow.keras.layers
+        from tensorflow.keras import Model
+        import keras
+        assert Model is keras.Model is tf.keras.Model
+        print(tf.keras.layers.Dense(2)(tf.ones((3, 4))).shape, len(sys.meta_path))
+    """
+    outputs = [run_python(source.format(preloads=preloads)).stdout for preloads in (True, False)]
+    assert "(3, 2)" in outputs[0]
+    assert outputs[0] == outputs[1]
 
 
 def test_standard_output_is_kept_for_spark(run_python, tmp_path):

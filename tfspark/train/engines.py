@@ -8,9 +8,9 @@ from typing import Any
 
 from pyspark import SparkContext
 
-from tfspark.context import busy_slots, in_process, slots
 from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
+from tfspark.slots import busy_slots, in_process, slots
 from tfspark.sync import wire
 from tfspark.sync.carriers import through_files, through_spark
 from tfspark.sync.engine import Engine

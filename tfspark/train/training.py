@@ -12,11 +12,11 @@ import numpy as np
 from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
-from tfspark.context import in_process, slots, task_threads
 from tfspark.data.order import BatchOrder
 from tfspark.errors import TFSparkError
 from tfspark.graph.evaluation import results
 from tfspark.graph.optimizers import clipping_of
+from tfspark.slots import in_process, slots, task_threads
 from tfspark.sync import wire
 from tfspark.sync.engine import Engine, Run
 from tfspark.train.engines import check_leave_out, choose_engine, make_engine, materialise

@@ -1,0 +1,126 @@
+"""Slots: how many tasks of an application can run at once, and how many do."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyspark import SparkContext
+
+from tfspark.errors import ClusterError
+
+logger = logging.getLogger("tfspark")
+
+# How long executors may take to register, and how long their number must stay the same for the
+# cluster to count as complete.
+_REGISTRATION_S = 60.0
+_SETTLED_S = 5.0
+
+
+def slots(context: SparkContext) -> int:
+    """How many tasks the application can run at once; the default of `num_ranks`.
+
+    Waits until the executors that were asked for have registered: on some clusters a new
+    SparkContext has none for the first seconds. With dynamic allocation it is the number that
+    Spark may grow to, or starts with where no limit is set.
+
+    Raises:
+        ClusterError: no executor registered within a minute, or `spark.task.cpus` is more than an
+            executor has.
+
+    Example:
+        >>> slots(init_nncontext(master="local[4]"))  # doctest: +SKIP
+        4
+    """
+    settings = dict(context.getConf().getAll())
+    expected = _expected_slots(settings)
+    registered = _registered_slots(context)
+    if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
+        return max(registered, expected)
+    if not in_process(context):
+        registered = _await_slots(lambda: _registered_slots(context), expected)
+    if registered < 1:
+        raise ClusterError(
+            "Training needs at least one task slot: executors times their cores, divided by "
+            f"spark.task.cpus. Received: none on {settings.get('spark.master')} with "
+            f"spark.task.cpus={task_threads(context)}. Give the application more cores, or lower "
+            "spark.task.cpus."
+        )
+    if expected and registered < expected:
+        logger.warning("%d of %d task slots have registered.", registered, expected)
+    return registered
+
+
+def busy_slots(context: SparkContext) -> int:
+    """How many tasks of the application run, whoever started them, as of a moment ago.
+
+    Spark's status follows what happens by a tenth of a second.
+    """
+    tracker = context.statusTracker()
+    # A stage may end between the two questions.
+    stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+    return sum(stage.numActiveTasks for stage in stages if stage)
+
+
+def task_threads(context: SparkContext) -> int:
+    """TensorFlow threads of one task: the cores that Spark gives it, `spark.task.cpus`."""
+    return int(context.getConf().get("spark.task.cpus", "1"))
+
+
+def in_process(context: SparkContext) -> bool:
+    """Whether the driver is the only executor: `local`, `local[n]`, not `local-cluster`."""
+    return re.match(r"local(\[|$)", str(context.master)) is not None
+
+
+def _registered_slots(context: SparkContext) -> int:
+    """Tasks that the executors registered by now can run at once, as barrier stages count them."""
+    spark: Any = context._jsc.sc()
+    profile = spark.resourceProfileManager().defaultResourceProfile()
+    return int(spark.maxNumConcurrentTasks(profile))
+
+
+def _expected_slots(settings: Mapping[str, str]) -> int | None:
+    """Slots of the executors that were asked for; None where the settings do not tell."""
+    master = settings.get("spark.master", "")
+    cpus = int(settings.get("spark.task.cpus", 1))
+    if match := re.match(r"local-cluster\[\s*(\d+)\s*,\s*(\d+)", master):
+        return int(match[1]) * (int(match[2]) // cpus)
+    # On YARN and Kubernetes an executor has one core unless told; on a standalone cluster it
+    # takes all cores of its host, and how many these are is not known here.
+    cores = settings.get("spark.executor.cores", None if master.startswith("spark:") else "1")
+    if cores is None:
+        total = settings.get("spark.cores.max")
+        return int(total) // cpus if total else None
+    per_executor = int(cores) // cpus
+    executors = int(settings.get("spark.executor.instances", 0))
+    if settings.get("spark.dynamicAllocation.enabled") == "true":
+        limit = settings.get("spark.dynamicAllocation.maxExecutors", "infinity")
+        if limit.isdigit() and int(limit) < 2**31 - 1:
+            return int(limit) * per_executor
+        for key in ("minExecutors", "initialExecutors"):
+            executors = max(executors, int(settings.get(f"spark.dynamicAllocation.{key}", 0)))
+    elif not executors and "spark.cores.max" in settings:
+        executors = int(settings["spark.cores.max"]) // int(cores)
+    return executors * per_executor or None
+
+
+def _await_slots(
+    count: Callable[[], int],
+    expected: int | None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """The number of slots once all that are expected are there, or no more come."""
+    start = settled_since = clock()
+    number = count()
+    while expected is None or number < expected:
+        if clock() - start > _REGISTRATION_S or (number and clock() - settled_since > _SETTLED_S):
+            break
+        sleep(0.1)
+        before, number = number, count()
+        if number != before:
+            settled_since = clock()
+    return number
