@@ -35,7 +35,16 @@ sys.path.append(str(HERE))
 
 from workloads import WORKLOADS  # noqa: E402
 
-DEFAULT_CELLS = ("lenet:128", "lenet:512", "ncf:1024", "lstm:128", "mobilenet:128", "dense:128")
+DEFAULT_CELLS = (
+    "lenet:128",
+    "lenet:512",
+    "lenet:4096",
+    "ncf:1024",
+    "ncf:4096",
+    "lstm:128",
+    "mobilenet:128",
+    "dense:128",
+)
 
 
 @dataclass(frozen=True)

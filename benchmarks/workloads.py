@@ -113,7 +113,7 @@ def _dense(keras):
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("lenet", _lenet, _images(28, 1), (128, 512, 2048), "convolutions, 3.3 M weights"),
+        Workload("lenet", _lenet, _images(28, 1), (128, 512, 4096), "convolutions, 3.3 M weights"),
         Workload("ncf", _ncf, _ratings, (1024, 4096), "5.2 M weights, nearly all embeddings"),
         Workload("lstm", _lstm, _series, (128, 512), "many small operations, 0.1 M weights"),
         Workload("mobilenet", _mobilenet, _images(96, 3), (128,), "compute, 2.3 M weights"),

@@ -187,7 +187,7 @@ class TestBench:
 
     def test_workloads_are_named_with_or_without_a_batch(self):
         assert cell_of("lenet:64") == [("lenet", 64)]
-        assert cell_of("lenet") == [("lenet", 128), ("lenet", 512), ("lenet", 2048)]
+        assert cell_of("lenet") == [("lenet", 128), ("lenet", 512), ("lenet", 4096)]
         with pytest.raises(argparse.ArgumentTypeError, match="no workload 'resnet'"):
             cell_of("resnet")
 

@@ -259,21 +259,16 @@ class GangRank:
         if shared is None:
             return parts
         return [
-            replace(part, arrays={**part.arrays, "gradient": self._slice_of(shared[part.source])})
+            replace(part, arrays={**part.arrays, "gradient": self._read(shared[part.source])})
             if part.meta["rows"]
             else part
             for part in parts
         ]
 
-    def _slice_of(self, padded: np.ndarray) -> np.ndarray:
-        """This rank's slice of a gradient, as it would have come in a message."""
-        run, rank = self._program.run, self._links.rank
-        layout = run.layout
-        if layout.num_groups == 1:
-            part = padded[rank * layout.shard_size : (rank + 1) * layout.shard_size]
-        else:
-            part = layout.shard(padded[: layout.size], rank)
-        return run.compression.gradient(part)
+    def _read(self, gradient: np.ndarray) -> np.ndarray:
+        """This rank's slice of a gradient in common memory, as it would come in a message."""
+        run = self._program.run
+        return run.compression.gradient(run.layout.shard(gradient, self._links.rank))
 
     def _all_to_all(
         self, own: Message, phase: str, step: int, place: Callable[..., Any] | None = None

@@ -102,10 +102,15 @@ class Layout:
         return offset + min(rank * step, size), offset + min((rank + 1) * step, size)
 
     def shard(self, flat: np.ndarray, rank: int) -> np.ndarray:
-        """Shard `rank` `[shard_size]` of a flat vector `[P]`; a view where there is no padding."""
+        """Shard `rank` `[shard_size]` of a flat vector; a view where there is no padding to add.
+
+        Args:
+            flat: `[P]`, or longer with zeros at its end.
+            rank: whose.
+        """
         if self.num_groups == 1:
-            start, stop = self.owned(0, rank)
-            if stop - start == self.shard_size:
+            start, stop = rank * self.shard_size, (rank + 1) * self.shard_size
+            if stop <= len(flat):
                 return flat[start:stop]
         out = np.zeros(self.shard_size, flat.dtype)
         for group in range(self.num_groups):
