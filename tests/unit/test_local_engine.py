@@ -14,7 +14,7 @@ from tfspark.graph.update import update_program
 from tfspark.sync.engine import Halt, RankState, RoundPlan, Run, merge_outcomes
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.messages import state_from_message, state_to_message
-from tfspark.train.saving import FromValues, Here, Trained
+from tfspark.train.saving import FromValues, Here, InFile, Trained
 
 SPEC = RowSpec.of((Field("x", "float32", (3,)), Field("y", "float32", ())))
 RATE = 0.1
@@ -180,6 +180,18 @@ def test_a_state_survives_its_message(tmp_path):
     np.testing.assert_array_equal(back.shard, state.shard)
     for left, right in zip(back.slots[0], state.slots[0], strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_initial_weights_may_lie_in_a_file(tmp_path):
+    problem = Problem(tmp_path, (13, 7))
+    held = InFile.write(problem.flat, str(tmp_path))
+    np.testing.assert_array_equal(held.value, problem.flat)
+    engine = LocalEngine(problem.handles)
+    commits = [engine.start(problem.run, FromValues(flat)) for flat in (held, Here(problem.flat))]
+    for left, right in zip(*commits, strict=True):
+        np.testing.assert_array_equal(left.shard, right.shard)
+    held.destroy()
+    assert not list(tmp_path.glob("initial-*"))
 
 
 class Recorder(BatchReader):
