@@ -2,7 +2,7 @@
 #   make quickstart   train LeNet on real digits, on Spark inside this machine
 #   make test         lint, types and every test
 # and so does
-#   make benchmark    speed against plain TensorFlow and others, an hour with their installation
+#   make benchmark    speed against plain TensorFlow and others, two hours and their installation
 # A Python other than python3: make test PYTHON=python3.12
 
 PYTHON ?= python3

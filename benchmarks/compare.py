@@ -4,7 +4,7 @@ Every side trains the same models in processes of its own, the peers in virtual 
 are made on the way. Plain TensorFlow is measured before and after each, and the figure of a side is
 its ratio to that. Results are written as they come; `--resume` goes on where a run was stopped.
 
-    python benchmarks/compare.py                                # some 40 minutes; see --help
+    python benchmarks/compare.py                                # two hours; see --help
     python benchmarks/compare.py --quick --out /tmp/quick       # LeNet only
     python benchmarks/compare.py --sides tfspark-gang bigdl --workloads lenet:512 --repeats 3
 """
