@@ -60,27 +60,30 @@ def ratio(unit: Mapping[str, Any]) -> float:
 
 
 def cells(units: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
-    """Units by workload and batch, in the order of their first ones."""
+    """Units by workload and batch: workloads in the order of their first units, then batches."""
     found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for unit in units:
         found.setdefault((unit["workload"], unit["batch"]), []).append(unit)
-    return found
+    workloads = list(dict.fromkeys(workload for workload, _ in found))
+    return {key: found[key] for key in sorted(found, key=lambda k: (workloads.index(k[0]), k[1]))}
 
 
 def rows(units: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One workload and batch: the limit first, then the sides, in their order."""
+    """One workload and batch: the limit first, then the sides, the fastest first."""
     sides: dict[str, list[Mapping[str, Any]]] = {}
     for unit in units:
         sides.setdefault(unit["side"], []).append(unit)
     limits = [limit for unit in units for limit in unit.get("limits", ())]
-    found = [_row(LIMIT, limits, [1.0])] if limits else []
+    found = []
     for side, measured in sides.items():
         good = [unit for unit in measured if unit["answer"]]
         if good:
             found.append(_row(side, good, [ratio(unit) for unit in good]))
         else:
             found.append(Row(side, problem=_word(measured[-1]["error"])))
-    return found
+    # A ratio that does not count is no place in the order.
+    found.sort(key=lambda row: (row.equal_weights in (None, "no"), -(row.ratio or 0.0)))
+    return [_row(LIMIT, limits, [1.0]), *found] if limits else found
 
 
 def _row(side: str, good: Sequence[Mapping[str, Any]], ratios: Sequence[float]) -> Row:

@@ -14,7 +14,7 @@ import pytest
 from compare import SIDES, Bench, Results, cell_of
 from environments import CannotMakeError, Environment, find_python
 from processes import Outcome, last_answer, run_side
-from report import LIMIT, page, plot, ratio, rows, table
+from report import LIMIT, cells, page, plot, ratio, rows, table
 
 SCRIPTS = Path(environments.__file__).parent / "sides"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
@@ -78,6 +78,21 @@ class TestReport:
         assert bigdl.ratio == pytest.approx(0.6)
         assert bigdl.spread == pytest.approx((0.5, 0.9))
         assert bigdl.wire_mb == pytest.approx(2.0)
+
+    def test_the_fastest_comes_first_and_what_does_not_count_last(self):
+        units = [
+            failed("elephas", "ValueError: no"),
+            unit("loner", 990, 1000, 1000, equal="no"),
+            unit("bigdl", 400, 1000, 1000),
+            unit("tfspark-gang", 900, 1000, 1000),
+        ]
+        sides = [row.side for row in rows(units)]
+        assert sides == [LIMIT, "tfspark-gang", "bigdl", "loner", "elephas"]
+
+    def test_workloads_stay_together(self):
+        keys = [("lenet", 128), ("ncf", 1024), ("lenet", 4096), ("lenet", 512)]
+        units = [{"workload": workload, "batch": batch} for workload, batch in keys]
+        assert list(cells(units)) == [*sorted(k for k in keys if k[0] == "lenet"), ("ncf", 1024)]
 
     def test_shares_of_phases_add_up(self):
         seconds = {"data": 0.0, "gradient": 0.03, "update": 0.01, "exchange": 0.06}
