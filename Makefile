@@ -18,10 +18,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 quickstart: $(READY)
 	$(BIN)/python examples/lenet.py
 
-# Tests that start clusters wait half the time, so files run side by side; those that take longest
-# come first in the order of their names.
 test: lint spark35
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .

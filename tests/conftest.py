@@ -22,16 +22,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 ROOT = Path(__file__).parent.parent
 
-# A cluster of the tests: a driver and two executors, each with a JVM and TensorFlow in Python.
-MEMORY_OF_A_CLUSTER = 6 * 2**30
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Processes that run tests side by side; each has a Spark of its own."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(os.cpu_count() or 1, 4, memory // MEMORY_OF_A_CLUSTER))
-
 
 @pytest.fixture(scope="session")
 def sc() -> Iterator[SparkContext]:
