@@ -25,7 +25,7 @@ from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 
 from tfspark.errors import ClusterError, InvalidInputError
-from tfspark.slots import in_process, slots
+from tfspark.slots import STARTING_WORKERS, in_process, slots
 
 logger = logging.getLogger("tfspark")
 
@@ -223,10 +223,10 @@ def _start_workers(context: SparkContext) -> None:
 
     That imports for some seconds, which would be the first task's otherwise.
     """
-    context.setJobDescription("Python workers start")
+    context.setJobGroup(STARTING_WORKERS, "Python workers start")
     # Asynchronous in the JVM: no thread of Python waits for it, nor is there an error of it here.
     context.parallelize([0], 1).mapPartitions(_read())._jrdd.countAsync()
-    context._jsc.setLocalProperty("spark.job.description", None)
+    context._jsc.clearJobGroup()
 
 
 def _read() -> Callable[[Iterable[Any]], Iterable[Any]]:

@@ -14,6 +14,8 @@ from tfspark.errors import ClusterError
 
 logger = logging.getLogger("tfspark")
 
+STARTING_WORKERS = "tfspark-workers"  # the group of the job that does, see context.py
+
 # How long executors may take to register, and how long their number must stay the same for the
 # cluster to count as complete.
 _REGISTRATION_S = 60.0
@@ -57,11 +59,15 @@ def slots(context: SparkContext) -> int:
 def busy_slots(context: SparkContext) -> int:
     """How many tasks of the application run, whoever started them, as of a moment ago.
 
-    Spark's status follows what happens by a tenth of a second.
+    Spark's status follows what happens by a tenth of a second. What starts Python workers does not
+    count: every other task waits for the same.
     """
     tracker = context.statusTracker()
-    # A stage may end between the two questions.
-    stages = [tracker.getStageInfo(stage) for stage in tracker.getActiveStageIds()]
+    # A job or a stage may end between two questions.
+    starting = [tracker.getJobInfo(job) for job in tracker.getJobIdsForGroup(STARTING_WORKERS)]
+    passed_over = {stage for job in starting if job for stage in job.stageIds}
+    active = set(tracker.getActiveStageIds()) - passed_over
+    stages = [tracker.getStageInfo(stage) for stage in active]
     return sum(stage.numActiveTasks for stage in stages if stage)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer
+from tfspark.errors import TrainingError
 from tfspark.sync import wire
 
 ELEMENTS = 300 * 301  # of the model below
@@ -47,7 +48,7 @@ def test_weights_lie_in_files_and_not_in_the_jvm(sc, engine):
     assert not initial.exists()
 
 
-def test_a_commit_that_was_deleted_is_told(sc, caplog):
+def test_a_commit_that_was_deleted_is_told(sc):
     folder = Path(wire.scratch_folder(sc))
     before = files(folder)
     model = keras.Sequential([keras.Input((300,)), keras.layers.Dense(300)])
@@ -60,6 +61,6 @@ def test_a_commit_that_was_deleted_is_told(sc, caplog):
     for path in files(folder) - before:
         if path.name == "state-commit":
             path.unlink()
-    with pytest.raises(Exception, match="Keep other programs from deleting files there"):
+    with pytest.raises(TrainingError, match="Keep other programs from deleting files there"):
         training.optimize(MaxIteration(5))
     training.close()

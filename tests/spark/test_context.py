@@ -199,6 +199,7 @@ def test_workers_start_without_a_task_of_the_script(run_python):
         import time
         from pathlib import Path
         from tfspark import init_nncontext
+        from tfspark.slots import busy_slots
 
         context = init_nncontext(master="local[2]")
         jvm = context._jvm.java.lang.ProcessHandle.current().pid()
@@ -212,6 +213,8 @@ def test_workers_start_without_a_task_of_the_script(run_python):
         while not any("tfspark.daemon" in line for line in children()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert len(context.statusTracker().getActiveJobsIds()) == 1
+        assert busy_slots(context) == 0
         context.stop()  # while it imports
     """
     result = run_python(source)

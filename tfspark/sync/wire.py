@@ -5,8 +5,8 @@ more Python worker to make their batches alike. Here a partition is a sequence o
 go straight between the JVM and our own functions, and an RDD costs a third of the calls into the
 JVM that PySpark makes for it: a round of 30 steps makes some 120 of them while nothing else runs.
 
-This file alone touches PySpark's internals (`_jrdd`, `SimplePythonFunction`, `PairwiseRDD`,
-`NoOpSerializer`: the same from Spark 3.5 to 4.x).
+Of the code that trains, this file alone touches PySpark's internals (`_jrdd`,
+`SimplePythonFunction`, `PairwiseRDD`, `NoOpSerializer`: the same from Spark 3.5 to 4.x).
 """
 
 from __future__ import annotations
