@@ -1,10 +1,17 @@
 """tf.data data sets, TFRecord files and arrays, shared out among ranks."""
 
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfspark.data import chunks
 from tfspark.data.dataset import TFDataset
+from tfspark.data.failures import driver_errors
 from tfspark.data.store import Store
 from tfspark.errors import DataError, UserFunctionError
 
@@ -160,6 +167,48 @@ def test_arrays_are_cut_into_equal_slices(sc):
     dataset = TFDataset.from_ndarrays((x, np.arange(7)), batch_size=2)
     assert ids(both(dataset, sc, 3), 1) == [[0, 1], [2, 3], [4, 5, 6]]
     assert ids(dataset.materialise(sc, 3)) == [x[:2].tolist(), x[2:4].tolist(), x[4:].tolist()]
+
+
+def test_arrays_of_this_host_do_not_travel(sc):
+    """The driver writes them once; stores are links to that, and are made anew from it."""
+    dataset = TFDataset.from_ndarrays(np.arange(7), batch_size=2)
+    materialised = dataset.materialise(sc, 3, shares_files=True)
+    rows = [[0, 1], [2, 3], [4, 5, 6]]
+    assert ids(materialised) == rows
+    paths = [Path(handle.path) for handle in materialised.handles]
+    originals = [Path(handle.path) for handle in materialised.originals]
+    assert all(map(os.path.samefile, paths, originals))
+    assert not set(paths) & set(originals)
+    paths[1].unlink()
+    materialised.rdd.unpersist(blocking=True)
+    again = replace(materialised, handles=tuple(materialised.rdd.collect()))
+    assert ids(again) == rows
+    assert [h.digest for h in again.handles] == [h.digest for h in materialised.handles]
+    originals[1].unlink()
+    materialised.rdd.unpersist(blocking=True)
+    with (
+        pytest.raises(DataError, match=r"in a file of the driver.*Received: no file"),
+        driver_errors(),
+    ):
+        materialised.rdd.collect()
+    materialised.release()
+    again.release()
+    assert not any(path.exists() for path in originals)
+
+
+def test_arrays_of_this_host_on_another_file_system(sc, tmp_path, monkeypatch):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system that anybody may write to: /dev/shm of Linux")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        monkeypatch.setattr(chunks, "_process_folder", lambda: folder)
+        dataset = TFDataset.from_ndarrays(np.arange(7), batch_size=2)
+        materialised = dataset.materialise(sc, 3, shares_files=True)
+        assert ids(materialised) == [[0, 1], [2, 3], [4, 5, 6]]
+        pairs = zip(materialised.handles, materialised.originals, strict=True)
+        assert not any(os.path.samefile(copy.path, original.path) for copy, original in pairs)
+        assert {os.stat(h.path).st_mode & 0o777 for h in materialised.handles} == {0o600}
+        materialised.release()
 
 
 def test_fewer_rows_than_ranks(sc):

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,7 @@ from tfspark.data.failures import reporting
 from tfspark.data.rows import CHUNK_BYTES, RowBuffer, physical_spec
 from tfspark.data.spec import RowSpec
 from tfspark.data.store import Handle, StoreWriter
+from tfspark.errors import DataError
 
 PHASE = "materialise"
 
@@ -99,6 +100,19 @@ def write_stores(chunks: RDD, spec: RowSpec, dataset_id: str) -> RDD:
     return chunks.mapPartitionsWithIndex(_Write(spec, name))
 
 
+def link_stores(originals: RDD, dataset_id: str) -> RDD:
+    """An RDD of handles of stores that another process of the host has written.
+
+    Computing it makes every store anew, without a copy where the file system allows that.
+
+    Args:
+        originals: partition `r` holds the handle of what that process has written for rank `r`.
+        dataset_id: of the data set.
+    """
+    name = f"{originals.context.applicationId}-{dataset_id}"
+    return originals.mapPartitionsWithIndex(_Link(name))
+
+
 def write_store(spec: RowSpec, chunks: Iterable[bytes], rank: int, name: str) -> Handle:
     """Writes the chunks of a rank as a store in this process' folder for stores.
 
@@ -108,15 +122,19 @@ def write_store(spec: RowSpec, chunks: Iterable[bytes], rank: int, name: str) ->
         rank: whose rows these are.
         name: of application and data set; begins the file's name.
     """
-    context = TaskContext.get()
-    attempt = context.taskAttemptId() if context is not None else 0
-    # A retried or speculative task must never meet another's file.
-    file = f"{name}-rank{rank}-attempt{attempt}-{uuid.uuid4().hex[:8]}.arrow"
-    with StoreWriter(os.path.join(store_folder(rank), file), spec, rank) as writer:
+    with StoreWriter(_store_path(rank, name), spec, rank) as writer:
         for chunk in chunks:
             batch = decode(chunk)
             writer.append_batch(batch, physical_spec(batch.schema, spec))
     return writer.handle
+
+
+def _store_path(rank: int, name: str) -> str:
+    context = TaskContext.get()
+    attempt = context.taskAttemptId() if context is not None else 0
+    # A retried or speculative task must never meet another's file.
+    file = f"{name}-rank{rank}-attempt{attempt}-{uuid.uuid4().hex[:8]}.arrow"
+    return os.path.join(store_folder(rank), file)
 
 
 def store_folder(rank: int) -> str:
@@ -149,6 +167,29 @@ class _Write:
     def __call__(self, rank: int, chunks: Iterable[bytes]) -> Iterator[Handle]:
         with reporting(rank=rank, phase=PHASE):
             yield write_store(self.spec, chunks, rank, self.name)
+
+
+@dataclass(frozen=True)
+class _Link:
+    name: str
+
+    def __call__(self, rank: int, originals: Iterable[Handle]) -> Iterator[Handle]:
+        with reporting(rank=rank, phase=PHASE):
+            for original in originals:
+                path = _store_path(rank, self.name)
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                try:
+                    os.link(original.path, path)
+                except FileNotFoundError as error:
+                    raise DataError(
+                        "Rows of arrays are in a file of the driver until the training is closed. "
+                        f"Received: no file {original.path}. Do not delete it, or keep TMPDIR "
+                        "where nobody cleans up."
+                    ) from error
+                except OSError:  # another file system, or one without links
+                    shutil.copyfile(original.path, path)
+                    os.chmod(path, 0o600)
+                yield replace(original, path=path)
 
 
 @dataclass(frozen=True)

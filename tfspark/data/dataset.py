@@ -461,18 +461,22 @@ class TFDataset:
     def _id(self) -> str:
         return uuid.uuid4().hex[:12]
 
-    def materialise(self, sc: SparkContext, num_ranks: int) -> Materialised:
+    def materialise(
+        self, sc: SparkContext, num_ranks: int, shares_files: bool = False
+    ) -> Materialised:
         """Writes one store per rank on the executors.
 
         Args:
             sc: the SparkContext.
             num_ranks: N.
+            shares_files: whether executors read the files of this process, as in an embedded
+                Spark: then rows that lie here need not travel.
 
         Raises:
             DataError: there is no row, or a row breaks its declaration.
             UserFunctionError: a function of the user that computes rows raised.
         """
-        return materialise(self._source, self._id, sc, num_ranks)
+        return materialise(self._source, self._id, sc, num_ranks, shares_files)
 
     def materialise_local(self, num_ranks: int) -> Materialised:
         """Writes one store per rank in this process, with the same rows as `materialise`.

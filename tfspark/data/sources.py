@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pyspark import SparkContext
@@ -30,9 +30,11 @@ class Source(ABC):
 
     Attributes:
         spec: of the rows.
+        is_here: whether the rows lie in this process, not where Spark computes or reads them.
     """
 
     spec: RowSpec
+    is_here: ClassVar[bool] = False
 
     @property
     def num_partitions(self) -> int:
@@ -87,6 +89,8 @@ class RddSource(SparkSource):
 @dataclass(frozen=True)
 class ArraySource(Source):
     """Arrays `[rows, *shape]`, one per field; rank `r` gets rows `r·n/N` to `(r+1)·n/N`."""
+
+    is_here: ClassVar[bool] = True
 
     arrays: tuple[np.ndarray, ...]
     spec: RowSpec

@@ -128,7 +128,7 @@ def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkCon
     if name == "local":
         return dataset.materialise_local(num_ranks)
     assert context is not None
-    return dataset.materialise(context, num_ranks)
+    return dataset.materialise(context, num_ranks, shares_files=in_process(context))
 
 
 def make_engine(name: str, materialised: Any, context: SparkContext | None) -> Engine:
