@@ -74,7 +74,13 @@ CURVES = (
         1024,
         lambda: sgd(LinearScaling(BASE_RATE, BASE_BATCH, 2)),
     ),
-    Curve(LARGE, "1024, LARS", 1024, lambda: LARS(LinearScaling(0.25, BASE_BATCH, 2))),
+    # Biases take the rate as it is, so it is that of SGD, and the ratio of kernels is made for it.
+    Curve(
+        LARGE,
+        "1024, LARS",
+        1024,
+        lambda: LARS(LinearScaling(BASE_RATE, BASE_BATCH, 2), trust_coefficient=0.2),
+    ),
     Curve(
         LARGE,
         "1024, LAMB",
