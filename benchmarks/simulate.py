@@ -1,7 +1,8 @@
 """Steps of `gang` on 16 to 512 hosts with links of 10 and 25 Gbit/s, simulated from measured costs.
 
-Reads what `scaling.py` measured on one machine, checks the simulation against those points, and
-writes docs/scaling.md: `scaling_page.md` with its tables filled in, and its pictures.
+Reads what `scaling.py` and `overlap.py` measured on one machine, checks the simulation against the
+points of the former, and writes docs/scaling.md: `scaling_page.md` with its tables filled in, and
+its pictures.
 
     python benchmarks/simulate.py  # a minute or two
     python benchmarks/simulate.py --ranks 16 64 --out /tmp/quick --page /tmp/scaling.md
@@ -418,6 +419,7 @@ def main() -> None:
     """Checks, simulates, and writes JSON, pictures and the tables of the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=Path, default=ROOT / "benchmarks/results/scaling.json")
+    parser.add_argument("--overlap", type=Path, default=ROOT / "benchmarks/results/overlap.json")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/scaling.md")
@@ -436,6 +438,7 @@ def main() -> None:
     helped = remedies(costs, options.ranks[-1], ways, fixed_s)
     tables = {
         **content["tables"],
+        "overlap": json.loads(options.overlap.read_text())["table"],
         "check": check_table(checked),
         "simulated": outcome_table(found),
         "remedies": remedy_table(helped),

@@ -26,6 +26,13 @@ STRIKES = [
     "0 done before 0",
     "1 done after 0",  # in the commit
 ]
+# Of these the ranks exchange the gradient in buckets: a strike at step 60 hits the first exchange.
+EARLY_STRIKES = [
+    f"1 weights after {MIDDLE}",
+    f"0 gradient before {MIDDLE}",
+    f"1 gradient during {MIDDLE}",
+    f"0 gradient after {MIDDLE}",
+]
 
 CLUSTER = """
     import json, logging, os, time
@@ -38,16 +45,20 @@ CLUSTER = """
     logging.getLogger("tfspark").addHandler(handler)
 
     with application("local-cluster[2,1,1024]") as sc:
-        for strike in [None, *STRIKES]:
+        for strike, buckets in RUNS:
             del logs[:]
-            model, training = optimizer(sc, "dense", engine="gang", clip_norm=0.5)
+            model, training = optimizer(
+                sc, "dense", engine="gang", clip_norm=0.5, gradient_buckets=buckets
+            )
             training.optimize(MaxIteration(1))
             if strike:
                 with open(ORDER, "w") as order:
                     order.write(strike)
             started = time.monotonic()
             training.optimize(MaxIteration(STEPS))
-            result[str(strike)] = dict(
+            num_buckets = len(training._training.loop.run.layout.buckets)
+            result[str((strike, buckets))] = dict(
+                num_buckets=num_buckets,
                 digest=digest(model), obeyed=not os.path.exists(ORDER), logs=list(logs),
                 seconds=time.monotonic() - started,
             )
@@ -59,20 +70,27 @@ CLUSTER = """
 @pytest.fixture(scope="module")
 def results(application, tmp_path_factory):
     order = str(tmp_path_factory.mktemp("order") / "order")
-    source = CLUSTER.replace("*STRIKES", f"*{STRIKES!r}")
+    runs = [(strike, 1) for strike in (None, *STRIKES)]
+    runs += [(strike, 4) for strike in (None, *EARLY_STRIKES)]
+    source = CLUSTER.replace("RUNS", repr(runs))
     return application(source, path=[FAULTS], TFSPARK_ORDER=order)
 
 
-@pytest.mark.parametrize("strike", STRIKES)
-def test_a_rank_that_dies_costs_a_round_and_no_bit(results, strike):
-    found = results[strike]
+@pytest.mark.parametrize(
+    "strike, buckets",
+    [*((strike, 1) for strike in STRIKES), *((strike, 4) for strike in EARLY_STRIKES)],
+)
+def test_a_rank_that_dies_costs_a_round_and_no_bit(results, strike, buckets):
+    found = results[str((strike, buckets))]
+    assert found["num_buckets"] == {1: 1, 4: 2}[buckets]
     assert found["obeyed"], "nobody was there to be killed"
-    assert found["digest"] == results["None"]["digest"]
+    assert found["digest"] == results[str((None, buckets))]["digest"]
     assert found["seconds"] < 60
     # A rank that dies after it was done has perhaps been computed anew by Spark, without a word.
     if "done" not in strike:
         assert any("Trying again" in line for line in found["logs"])
 
 
-def test_the_undisturbed_run_is_undisturbed(results):
-    assert results["None"]["logs"] == []
+@pytest.mark.parametrize("buckets", [1, 4])
+def test_the_undisturbed_run_is_undisturbed(results, buckets):
+    assert results[str((None, buckets))]["logs"] == []

@@ -27,9 +27,10 @@ STATE = (StateSlot("seed", "int64", (2,), "seed"), StateSlot("mean", "float64", 
 FLAT = (np.arange(9, dtype=np.float32), np.float32([42.5]))
 
 
-def manifest_of(step, num_ranks):
+def manifest_of(step, num_ranks, buckets=(9,)):
+    share = sum(-(-size // num_ranks) for size in buckets)
     groups = (
-        GroupEntry(0, 9, -(-9 // num_ranks), "SGD", SLOTS),
+        GroupEntry(0, 9, share, "SGD", SLOTS, buckets),
         GroupEntry(9, 1, 1, "Adam", ()),
     )
     return Manifest(
@@ -51,20 +52,25 @@ def manifest_of(step, num_ranks):
 def shard_arrays(manifest, rank, offset=0.0):
     arrays = {}
     for index, group in enumerate(manifest.groups):
-        padded = np.zeros(group.shard_size * manifest.num_ranks, np.float32)
-        padded[: group.size] = FLAT[index] + np.float32(offset)
-        mine = slice(rank * group.shard_size, (rank + 1) * group.shard_size)
-        arrays[f"weights/{index}"] = padded[mine]
+        slices, begin = [], 0
+        for size in group.buckets:
+            share = -(-size // manifest.num_ranks)
+            padded = np.zeros(share * manifest.num_ranks, np.float32)
+            padded[:size] = FLAT[index][begin : begin + size] + np.float32(offset)
+            slices.append(padded[rank * share : (rank + 1) * share])
+            begin += size
+        mine = np.concatenate(slices)
+        arrays[f"weights/{index}"] = mine
         for slot in group.slots:
-            value = -padded[mine] if slot.kind == "vector" else np.int64(manifest.step)
+            value = -mine if slot.kind == "vector" else np.int64(manifest.step)
             arrays[f"slots/{index}/{slot.name}"] = value
     if rank == 0:
         arrays |= {"state/0": np.int64([7, 8]), "state/1": np.float64(0.25)}
     return arrays
 
 
-def save(store, step, num_ranks=2, offset=0.0):
-    manifest = manifest_of(step, num_ranks)
+def save(store, step, num_ranks=2, offset=0.0, buckets=(9,)):
+    manifest = manifest_of(step, num_ranks, buckets)
     attempt = pickle.loads(pickle.dumps(store.begin(step)))
     executor_store = pickle.loads(pickle.dumps(store))
     shards = [
@@ -104,9 +110,10 @@ def test_a_checkpoint_comes_back_as_it_was_written(store):
     np.testing.assert_array_equal(weights["scale"], np.float32(42.5))
 
 
+@pytest.mark.parametrize("buckets", [(9,), (4, 5), (2, 6, 1)])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 12])
-def test_any_range_can_be_read_for_another_number_of_ranks(store, num_ranks):
-    manifest = save(store, 5, num_ranks)
+def test_any_range_can_be_read_for_another_number_of_ranks(store, num_ranks, buckets):
+    manifest = save(store, 5, num_ranks, buckets=buckets)
     for readers in (1, 2, 4):
         size = -(-9 // readers)
         for rank in range(readers):
@@ -138,8 +145,9 @@ def test_slots_beyond_the_group_have_their_initial_value(store):
     np.testing.assert_array_equal(read, np.float32([3, 4, 0.1]))
 
 
-def test_weights_can_be_read_with_json_and_numpy_alone(tmp_path):
-    save(CheckpointStore(str(tmp_path)), 120, num_ranks=3)
+@pytest.mark.parametrize("buckets", [(9,), (4, 5)])
+def test_weights_can_be_read_with_json_and_numpy_alone(tmp_path, buckets):
+    save(CheckpointStore(str(tmp_path)), 120, num_ranks=3, buckets=buckets)
 
     # The code of the module's docstring, word for word but for the folder.
     manifest = json.load(open(tmp_path / "step-00000120.json"))  # noqa: SIM115
@@ -157,7 +165,13 @@ def test_weights_can_be_read_with_json_and_numpy_alone(tmp_path):
     weights = {}
     for index, group in enumerate(manifest["groups"]):
         parts = [array(shard, content, f"weights/{index}") for shard, content in shards]
-        vector = np.concatenate(parts)[: group["size"]]
+        buckets, offset = [], 0
+        for size in group["buckets"]:
+            share = -(-size // len(parts))
+            bucket = np.concatenate([part[offset : offset + share] for part in parts])
+            buckets.append(bucket[:size])
+            offset += share
+        vector = np.concatenate(buckets)
         for tensor in manifest["tensors"]:
             if tensor["group"] == index:
                 start = tensor["offset"] - group["offset"]

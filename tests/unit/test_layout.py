@@ -5,27 +5,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tfspark.errors import InvalidInputError
 from tfspark.graph.program import StateSlot, Weight
-from tfspark.sync.layout import Layout, StateLayout
+from tfspark.sync.layout import Layout, StateLayout, bucket_cuts
 
 weights_of = st.lists(
     st.tuples(st.lists(st.integers(0, 4), max_size=3), st.integers(0, 2)), min_size=1, max_size=6
 )
 
 
-def build(shapes, num_ranks):
+def build(shapes, num_ranks, buckets=1):
     groups = sorted({group for _, group in shapes})
     dense = {group: index for index, group in enumerate(groups)}
     weights = [
         Weight(f"w{i}", tuple(shape), dense[group])
         for i, (shape, group) in enumerate(sorted(shapes, key=lambda item: item[1]))
     ]
-    return Layout(tuple(weights), num_ranks, "float32")
+    cuts = bucket_cuts(weights, num_ranks, buckets)
+    return Layout(tuple(weights), num_ranks, "float32", cuts)
 
 
-@given(weights_of, st.integers(1, 5))
-def test_split_and_join_are_inverse(shapes, num_ranks):
-    layout = build(shapes, num_ranks)
+@given(weights_of, st.integers(1, 5), st.integers(1, 4))
+def test_split_and_join_are_inverse(shapes, num_ranks, buckets):
+    layout = build(shapes, num_ranks, buckets)
     flat = np.arange(1, layout.size + 1, dtype="float32")
     shards = layout.split(flat)
     assert {shard.shape for shard in shards} == {(layout.shard_size,)}
@@ -35,9 +37,10 @@ def test_split_and_join_are_inverse(shapes, num_ranks):
     assert sorted(everything[everything != 0].tolist()) == flat.tolist()
 
 
-@given(weights_of, st.integers(1, 5))
-def test_segments_name_the_tensor_of_every_element(shapes, num_ranks):
-    layout = build(shapes, num_ranks)
+@given(weights_of, st.integers(1, 5), st.integers(1, 4))
+def test_segments_name_the_tensor_of_every_element(shapes, num_ranks, buckets):
+    layout = build(shapes, num_ranks, buckets)
+    within = np.concatenate([np.arange(weight.size) for weight in layout.weights]).astype("float32")
     owner = np.concatenate(
         [np.full(weight.size, i + 1) for i, weight in enumerate(layout.weights)]
     ).astype("float32")
@@ -46,7 +49,63 @@ def test_segments_name_the_tensor_of_every_element(shapes, num_ranks):
         found = np.zeros(layout.shard_size)
         for segment in layout.segments(rank):
             found[segment.start : segment.stop] = segment.tensor + 1
+            length = segment.stop - segment.start
+            assert (
+                layout.shard(within, rank)[segment.start : segment.stop].tolist()
+                == np.arange(segment.offset, segment.offset + length).tolist()
+            )
         assert found.tolist() == expected.tolist()
+
+
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=9)
+
+
+@given(sizes, st.integers(1, 5), st.integers(2, 5))
+def test_slices_of_buckets_are_the_padded_flat_vector(sizes, num_ranks, count):
+    layout = build([((size,), 0) for size in sizes], num_ranks, count)
+    flat = np.arange(1, layout.size + 1, dtype="float32")
+    whole = np.full(num_ranks * layout.shard_size, -1, "float32")
+    for rank, shard in enumerate(layout.split(flat)):
+        for bucket in layout.buckets:
+            whole[bucket.place(rank)] = shard[bucket.part]
+    assert layout.pads_at_end
+    assert whole.tolist() == flat.tolist() + [0] * (len(whole) - layout.size)
+
+
+@given(sizes, st.integers(1, 5), st.integers(2, 5))
+def test_a_bucket_is_there_with_its_tensors_and_those_behind_it(sizes, num_ranks, count):
+    layout = build([((size,), 0) for size in sizes], num_ranks, count)
+    bounds = np.cumsum([0, *sizes])
+    tensors = layout.bucket_tensors()
+    assert [index for each in tensors for index in each] == list(range(len(sizes)))
+    for bucket, own in zip(layout.buckets, tensors, strict=True):
+        assert layout.size == 0 or bucket.start < bucket.stop
+        assert bounds[own.start] <= bucket.start + num_ranks - 1 or not own
+        behind = range(own.start, len(sizes))
+        assert set(np.flatnonzero(bounds[1:] > bucket.start)) <= set(behind) | {
+            index for index in range(len(sizes)) if not sizes[index]
+        }
+
+
+def test_buckets_are_of_whole_tensors_and_about_equal():
+    weights = [Weight(f"w{i}", (size,)) for i, size in enumerate((100, 100, 100, 100, 5))]
+    assert bucket_cuts(weights, 1, 4) == (100, 200, 300)
+    assert bucket_cuts(weights, 7, 2) == (203,)
+    assert bucket_cuts(weights, 1, 1) == ()
+    # One tensor is nearly all there is: what lies before it is a bucket, it is the other.
+    assert bucket_cuts([Weight("a", (5,)), Weight("b", (999,)), Weight("c", (5,))], 2, 4) == (6,)
+    assert bucket_cuts([Weight("a", (5,)), Weight("b", (999,), group=1)], 2, 4) == ()
+
+
+@pytest.mark.parametrize("cuts", [(3,), (4, 4), (0,), (8,)])
+def test_cuts_are_multiples_of_the_number_of_ranks_inside_the_vector(cuts):
+    with pytest.raises(InvalidInputError, match=r"ascending multiples.*Received: cuts="):
+        Layout((Weight("w", (8,)),), 2, "float32", cuts)
+
+
+def test_groups_are_not_cut():
+    with pytest.raises(InvalidInputError, match="inside the only group"):
+        Layout((Weight("a", (4,)), Weight("b", (4,), group=1)), 2, "float32", (2,))
 
 
 def test_a_shard_without_padding_is_a_view():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfspark.graphdef.loader import load
+from tfspark.graphdef.loader import load, load_in_parts
 from tfspark.graphdef.variables import call, trace
 
 
@@ -68,3 +69,56 @@ def test_graphs_can_be_called_in_graphs() -> None:
     twice = trace(lambda x: call(graph, [call(graph, [x])[0]])[0], [tf.TensorSpec([3])]).graph
     (y,) = load(twice)(np.array([1, 2, 3], "f"))
     np.testing.assert_array_equal(y, [1, 16, 81])
+
+
+def chain() -> Any:
+    """The outputs are computed in the reverse of their order, and the second takes long."""
+
+    def compute(x: tf.Tensor) -> list[tf.Tensor]:
+        last = x + 1.0
+        middle = tf.while_loop(
+            lambda i, _: i < 2000, lambda i, v: (i + 1, tf.sin(v @ v)), [0, last]
+        )
+        return [tf.reduce_sum(x), middle[1], last, last * 2.0]
+
+    return trace(compute, [tf.TensorSpec([64, 64])]).graph
+
+
+@pytest.mark.parametrize("parts", [[range(1, 2), range(2, 4)], [range(1, 4)]])
+def test_parts_are_handed_over(parts: list[range]) -> None:
+    graph, x = chain(), np.full((64, 64), 0.5, "f")
+    expected = [each.numpy() for each in load(graph)(x)]
+    run = load_in_parts(graph, parts)
+    for _ in range(2):
+        found: dict[int, list[np.ndarray]] = {}
+
+        def hand_over(part: int, arrays: list[np.ndarray], found: Any = found) -> None:
+            found[part] = [array.copy() for array in arrays]
+
+        (total,) = run(hand_over, x)
+        assert float(total) == expected[0]
+        arrays = [array for _, part in sorted(found.items()) for array in part]
+        for array, other in zip(arrays, expected[1:], strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+def test_a_part_is_handed_over_while_others_are_computed(run_python: Any) -> None:
+    """In a process of its own: the number of threads is settled with the first operation."""
+    folder = str(Path(__file__).parent)
+    source = f"""
+        import sys, time
+        sys.path.insert(0, {folder!r})
+        import numpy as np
+        from tfspark.graphdef.loader import configure_threads, load_in_parts
+        configure_threads(1, hands_over=True)
+        from test_loader import chain
+        run, x = load_in_parts(chain(), [range(1, 2), range(2, 4)]), np.full((64, 64), 0.5, "f")
+        is_early = []
+        for _ in range(5):
+            came, started = dict(), time.perf_counter()
+            run(lambda part, arrays: came.setdefault(part, time.perf_counter() - started), x)
+            is_early.append(came[1] < came[0] / 2)
+        print(any(is_early))
+    """
+    unset = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"))
+    assert run_python(source, **unset).stdout == "True\n"

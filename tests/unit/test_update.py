@@ -387,7 +387,12 @@ def clipped_by_slices(clipping, tensors, num_slices, in_group=None):
     slices = np.array_split(np.arange(flat.size), num_slices)
     segments = [
         tuple(
-            Segment(i, max(a, part[0]) - part[0], min(b, part[-1] + 1) - part[0])
+            Segment(
+                tensor=i,
+                start=max(a, part[0]) - part[0],
+                stop=min(b, part[-1] + 1) - part[0],
+                offset=max(a, part[0]) - a,
+            )
             for i, (a, b) in enumerate(itertools.pairwise(bounds))
             if max(a, part[0]) < min(b, part[-1] + 1)
         )
@@ -427,7 +432,7 @@ def test_a_norm_is_that_of_the_own_group():
 
 
 def test_zero_gradients_and_padding_are_not_scaled():
-    segments = (Segment(0, 0, 2),)
+    segments = (Segment(tensor=0, start=0, stop=2, offset=0),)
     norms = tensor_squared_norms(np.zeros(3, np.float32), segments, 1)
     np.testing.assert_array_equal(scales(Clipping(norm=1.0), norms, segments, [True], 3), 1)
     np.testing.assert_array_equal(scales(Clipping(), norms + 9, segments, [True], 3), 1)

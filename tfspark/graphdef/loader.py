@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from tfspark.graphdef.pure import PureGraph
 from tfspark.graphdef.variables import call
 
 Loaded = Callable[..., list[tf.Tensor]]
+HandOver = Callable[[int, "list[np.ndarray]"], None]
 
 _numbers = itertools.count()  # TensorFlow's functions need names of their own
 
 
-def configure_threads(cores: int) -> None:
+def configure_threads(cores: int, hands_over: bool = False) -> None:
     """Gives TensorFlow in this process as many threads as its task has cores.
 
     Without it each task of an executor would start a pool over all cores of the machine. It does
@@ -33,10 +34,12 @@ def configure_threads(cores: int) -> None:
 
     Args:
         cores: of one task.
+        hands_over: whether it calls graphs of `load_in_parts`, which need a thread to hand over a
+            part in while others compute.
     """
     # TensorFlow reads these when it creates its devices, not when it is imported.
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(cores))
-    os.environ.setdefault("TF_NUM_INTEROP_THREADS", str(cores))
+    os.environ.setdefault("TF_NUM_INTEROP_THREADS", str(cores + hands_over))
 
 
 def load(pure: PureGraph, jit_compile: bool = False) -> Loaded:
@@ -70,14 +73,74 @@ class _Key:
         return isinstance(other, _Key) and self._key == other._key
 
 
+def load_in_parts(pure: PureGraph, parts: Sequence[range]) -> Loaded:
+    """A pure graph as a function that hands over some outputs as soon as they are computed.
+
+    Args:
+        pure: the graph.
+        parts: outputs of the graph that are handed over together, by index.
+
+    Returns:
+        A function `run(hand_over, *inputs)`, see `load`, which returns the outputs that are in no
+        part, in their order. Meanwhile `hand_over(part, arrays)` is called once for every part, in
+        threads of TensorFlow: it must not raise, and the arrays are good until it returns. Not for
+        two threads at once.
+    """
+    if len(parts) == 1:  # nothing is computed meanwhile that one could be ahead of
+        (part,) = parts
+        whole = load(pure)
+
+        def run_whole(hand_over: HandOver, *inputs: Any) -> list[tf.Tensor]:
+            outputs = whole(*inputs)
+            hand_over(0, [array_of(each) for each in outputs[part.start : part.stop]])
+            return outputs[: part.start] + outputs[part.stop :]
+
+        return run_whole
+
+    receiver: list[HandOver] = []
+    rest = sorted(set(range(len(pure.outputs))).difference(*parts))
+
+    def build(*tensors: tf.Tensor) -> list[Any]:
+        outputs = call(pure, tensors)
+        return [outputs[index] for index in rest] + [
+            # What it returns is an output too: nothing else keeps it in the graph.
+            tf.numpy_function(
+                partial(_hand_over, receiver, index), outputs[part.start : part.stop], tf.bool
+            )
+            for index, part in enumerate(parts)
+        ]
+
+    function = _function(pure, build)
+
+    def run(hand_over: HandOver, *inputs: Any) -> list[tf.Tensor]:
+        receiver[:] = [hand_over]
+        try:
+            return function(*inputs)[: len(rest)]
+        finally:
+            receiver.clear()  # it holds the arrays of its caller
+
+    return run
+
+
+def _hand_over(receiver: list[HandOver], part: int, *arrays: np.ndarray) -> bool:
+    receiver[0](part, list(arrays))
+    return True
+
+
 @lru_cache(maxsize=32)
 def _load(key: _Key) -> Loaded:
-    pure = key.pure
+    return _function(key.pure, lambda *tensors: call(key.pure, tensors), key.jit_compile)
+
+
+def _function(
+    pure: PureGraph, build: Callable[..., list[Any]], jit_compile: bool = False
+) -> Loaded:
+    """What `build` makes of a pure graph's inputs, as a function that can be called."""
     dtypes = [tf.as_dtype(info.dtype) for info in pure.inputs]
     with context.eager_mode():
         _register_functions(pure)
         graph = trace_graph(
-            lambda *tensors: call(pure, tensors),
+            build,
             [
                 tf.TensorSpec(info.shape, dtype)
                 for info, dtype in zip(pure.inputs, dtypes, strict=True)
@@ -85,7 +148,7 @@ def _load(key: _Key) -> Loaded:
             ordered=False,
         )
         attributes = {}
-        if key.jit_compile:
+        if jit_compile:
             attributes["_XlaMustCompile"] = attr_value_pb2.AttrValue(b=True)
         # Binding arguments by name costs a ConcreteFunction as much as running a small graph.
         function = atomic_function.from_func_graph(
@@ -98,6 +161,7 @@ def _load(key: _Key) -> Loaded:
         with context.eager_mode():
             return list(function.call_flat(*map(_tensor, inputs, dtypes)))
 
+    run.graph = graph  # type: ignore[attr-defined]  # Python functions that it calls live in it
     return run
 
 

@@ -24,7 +24,7 @@ from tfspark.graph.clipping import Clipping
 from tfspark.graph.program import Evaluation, Program, UpdateProgram
 from tfspark.graphdef.pure import PureGraph
 from tfspark.sync.compression import Compression, compression
-from tfspark.sync.layout import Layout, StateLayout
+from tfspark.sync.layout import Layout, StateLayout, bucket_cuts
 from tfspark.sync.stragglers import LeaveOut
 
 
@@ -54,6 +54,8 @@ class Run:
         wire_dtype: what weights and gradients are rounded to on their way between ranks; None:
             they are not.
         leave_out: which slow ranks a step may go on without; None: none.
+        gradient_buckets: the most buckets that a gradient is exchanged in, each as soon as it is
+            computed. Engines other than `gang` take 1 only.
     """
 
     run_id: str
@@ -72,11 +74,19 @@ class Run:
     digests: tuple[str, ...] = ()
     wire_dtype: str | None = None
     leave_out: LeaveOut | None = None
+    gradient_buckets: int = 1
 
     @cached_property
     def layout(self) -> Layout:
         """The division of the flat vector among the ranks of this run."""
-        return Layout(self.program.weights, self.num_ranks, self.program.dtype)
+        weights, num_ranks = self.program.weights, self.num_ranks
+        cuts = bucket_cuts(weights, num_ranks, self.gradient_buckets)
+        return Layout(weights, num_ranks, self.program.dtype, cuts)
+
+    @property
+    def exchanges_early(self) -> bool:
+        """Whether a step exchanges the first buckets of a gradient while it computes the others."""
+        return self.gradient_buckets > 1 and len(self.layout.buckets) > 1
 
     @property
     def compression(self) -> Compression:

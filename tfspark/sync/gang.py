@@ -43,6 +43,7 @@ from tfspark.errors import (
 from tfspark.sync import wire
 from tfspark.sync.carriers import Carrier, state_of, through_spark
 from tfspark.sync.control import MAX_LINE_BYTES
+from tfspark.sync.early_rank import EarlyRank
 from tfspark.sync.engine import RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.interrupts import run_interruptibly
@@ -266,7 +267,9 @@ def rank_class(run: Run) -> type[GangRank]:
     """What a rank of this run is."""
     if run.average_every > 1:
         return LocalRank
-    return GangRank if run.leave_out is None else TolerantRank
+    if run.leave_out is not None:
+        return TolerantRank
+    return EarlyRank if run.exchanges_early else GangRank
 
 
 class _Teller:

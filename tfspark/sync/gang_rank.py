@@ -92,8 +92,8 @@ class GangRank:
         # The same memory in every step: to get that of large sums from the system takes longer than
         # to add them.
         self._sum = aligned_empty(program.run.layout.shard_size, program.run.layout.dtype)
-        # With one group, the padded shards one after the other are the flat vector: they are
-        # received into their place.
+        # With one group, the padded slices of all ranks are the flat vector: they are received into
+        # their place.
         self._whole: np.ndarray | None = None
         # Where all ranks share memory, that place and the gradients of all ranks lie there.
         self._shares_weights = False
@@ -138,7 +138,7 @@ class GangRank:
         padded = layout.num_ranks * layout.shard_size
         gradients = self._common((layout.num_ranks, padded), layout.dtype, step)
         self._gradients = gradients
-        if layout.num_groups == 1:
+        if layout.pads_at_end:
             whole = self._common((padded,), run.compression.dtype, step)
             self._shares_weights = whole is not None
             self._whole = aligned_empty(padded, run.compression.dtype) if whole is None else whole
@@ -223,19 +223,22 @@ class GangRank:
     def _gather_shards(self, state: RankState) -> list[Message]:
         """The "shard" messages of all ranks, by rank."""
         own = shard_message(state, self._program.run)
-        whole, size = self._whole, self._program.run.layout.shard_size
+        whole = self._whole
         if whole is None:
             return self._all_to_all(own, "weights", state.step)
+        buckets = {f"slice{i}": one for i, one in enumerate(self._program.run.layout.buckets)}
 
         def place(source: int, kind: str, name: str, *_: object) -> np.ndarray | None:
-            return whole[source * size : (source + 1) * size] if name == "shard" else None
+            return whole[buckets[name].place(source)] if name in buckets else None
 
         # In common memory nobody reads the weights of the step before any more: this rank has the
         # gradients that all others made of them.
-        whole[state.rank * size : (state.rank + 1) * size] = own.arrays["shard"]
-        if self._shares_weights:
-            rest = {name: array for name, array in own.arrays.items() if name != "shard"}
-            own = replace(own, arrays=rest)
+        arrays = dict(own.arrays)
+        shard = arrays.pop("shard")
+        slices = {name: shard[bucket.part] for name, bucket in buckets.items()}
+        for name, bucket in buckets.items():
+            whole[bucket.place(state.rank)] = slices[name]
+        own = replace(own, arrays=arrays if self._shares_weights else {**arrays, **slices})
         return self._all_to_all(own, "weights", state.step, place)
 
     def _replica(self, shards: list[Message]) -> Replica:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from tfspark.errors import TrainingError
 from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
 from tfspark.graph.sums import at_elements, tensor_sums
-from tfspark.graphdef.loader import array_of, load, op_error
+from tfspark.graphdef.loader import HandOver, array_of, load, load_in_parts, op_error
 from tfspark.sync.engine import Halt, RankState, Run, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.messages import Contribution, halt_from
@@ -80,7 +81,15 @@ class RankProgram:
 
     def __init__(self, run: Run):
         self.run = run
-        self._gradient = load(run.program.graph)
+        # The outputs that are gradients, as they come: of one bucket after the other, or all at
+        # once; and their places in the flat vector.
+        self._pieces = [range(1, 1 + len(run.program.weights))]
+        if run.exchanges_early:
+            tensors = run.layout.bucket_tensors()
+            self._pieces = [range(1 + each.start, 1 + each.stop) for each in tensors]
+        bounds = np.cumsum([0, 0, *(weight.size for weight in run.program.weights)])
+        self._places = [slice(bounds[each.start], bounds[each.stop]) for each in self._pieces]
+        self._gradient = load_in_parts(run.program.graph, self._pieces)
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
         self._terms = [
             load(update.terms, jit_compile=True) if update.terms else None for update in run.updates
@@ -125,6 +134,7 @@ class RankProgram:
         next_step: int | None = None,
         into: np.ndarray | None = None,
         check_gradient: bool = True,
+        on_bucket: Callable[[int], None] | None = None,
     ) -> Contribution:
         """The gradient of this rank's rows of a step.
 
@@ -137,6 +147,8 @@ class RankProgram:
             into: `[P]`, where the gradient is to lie; None: anywhere.
             check_gradient: halt where it is not finite. It costs a pass over the gradient; whoever
                 sums slices sees it too, but only in his own.
+            on_bucket: called with the index of each bucket of the layout once the gradients of its
+                tensors (`Layout.bucket_tensors`) lie in `into`, while others are computed.
         """
         run = self.run
         _, step_in_epoch = run.order.locate(step)
@@ -155,8 +167,12 @@ class RankProgram:
         loss_sum, state = 0.0, replica.state
         for part in range(parts):
             low, high = bounds[part], bounds[part + 1]
+            hand_over = partial(
+                self._lay, gradient, part > 0, on_bucket if part + 1 == parts else None
+            )
             with _batch_errors(rank=rank, step=step + 1):
-                part_loss, pieces, state = self._call(
+                part_loss, state = self._call(
+                    hand_over,
                     rank,
                     step * run.accumulation_steps + part,
                     replica.flat,
@@ -166,10 +182,6 @@ class RankProgram:
                     global_rows,
                 )
             loss_sum += part_loss
-            if part == 0:
-                np.concatenate(pieces, out=gradient)
-            else:
-                gradient += np.concatenate(pieces)
         done = time.perf_counter()
         leader = next(r for r, count in enumerate(rows_by_rank) if count)
         return Contribution(
@@ -184,8 +196,26 @@ class RankProgram:
             seconds={"data": read - started, "gradient": done - read},
         )
 
+    def _lay(
+        self,
+        gradient: np.ndarray,
+        adds: bool,
+        on_bucket: Callable[[int], None] | None,
+        bucket: int,
+        pieces: list[np.ndarray],
+    ) -> None:
+        """Takes the pieces of a gradient that have been computed together."""
+        into = gradient[self._places[bucket]]
+        if adds:
+            into += np.concatenate(pieces)
+        else:
+            np.concatenate(pieces, out=into)
+        if on_bucket is not None:
+            on_bucket(bucket)
+
     def _call(
         self,
+        hand_over: HandOver,
         rank: int,
         seed_step: int,
         flat: np.ndarray,
@@ -193,15 +223,16 @@ class RankProgram:
         batch: Sequence[Any],
         rows: int,
         global_rows: int,
-    ) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
-        """The loss, the pieces of the gradient and the new model state."""
-        run, count = self.run, len(self.run.program.weights)
+    ) -> tuple[float, list[np.ndarray]]:
+        """The loss and the new model state."""
+        run = self.run
         shifted = [
             _shift_seed(value, rank) if slot.kind == "seed" else value
             for slot, value in zip(run.program.state, state, strict=True)
         ]
         seed = np.array([run.seed + rank * _GOLDEN, seed_step], object) & (2**64 - 1)
-        outputs = self._gradient(
+        loss, *outputs = self._gradient(
+            hand_over,
             flat,
             *shifted,
             *batch,
@@ -212,10 +243,10 @@ class RankProgram:
         new_state = [
             _shift_seed(value, -rank) if slot.kind == "seed" else value
             for slot, value in zip(
-                run.program.state, (output.numpy() for output in outputs[1 + count :]), strict=True
+                run.program.state, (output.numpy() for output in outputs), strict=True
             )
         ]
-        return float(outputs[0]), [array_of(piece) for piece in outputs[1 : 1 + count]], new_state
+        return float(loss), new_state
 
     def reduce(self, parts: Sequence[Message], into: np.ndarray | None = None) -> Reduced:
         """Sums the "gradient" messages of all ranks for one slice.

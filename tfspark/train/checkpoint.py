@@ -477,15 +477,10 @@ class CheckpointStore:
             raise InvalidInputError(f"A range goes upwards from 0. Received: [{start}, {stop}).")
         dtype = numpy_dtype(manifest.shards[0].arrays[key].dtype).newbyteorder("=")
         result = np.full(stop - start, beyond, dtype)
-        end = min(stop, info.size)
-        position = start
-        while position < end:
-            rank, within = divmod(position, info.shard_size)
-            count = min(info.shard_size - within, end - position)
+        for position, rank, within, count in info.pieces(start, stop, manifest.num_ranks):
             result[position - start : position - start + count] = self._read_elements(
                 manifest, rank, key, within, within + count
             )
-            position += count
         return result
 
 

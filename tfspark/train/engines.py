@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,10 @@ from tfspark.sync.stragglers import LeaveOut
 logger = logging.getLogger("tfspark")
 
 ENGINES = ("local", "shuffle", "gang")
+
+# What gradients are exchanged in, where that is left to tfspark; see docs/scaling.md.
+_MOST_BUCKETS = 4
+_LEAST_SLICE_BYTES = 1 << 18
 SETTING = "spark.tfspark.engine"
 
 
@@ -121,6 +126,36 @@ def check_leave_out(leave_out: LeaveOut | None, name: str, num_ranks: int) -> No
             f"A step needs a rank that is not left out. Received: {leave_out} and {num_ranks} "
             f"rank{'s' * (num_ranks > 1)}. Lower most_ranks, or train on more ranks."
         )
+
+
+def check_gradient_buckets(requested: int | None, name: str) -> None:
+    """Whether an engine exchanges a gradient in several buckets.
+
+    Raises:
+        InvalidInputError: it does not.
+    """
+    if (requested or 1) > 1 and name != "gang":
+        raise InvalidInputError(
+            "gradient_buckets needs the engine 'gang', whose ranks exchange gradients while they "
+            f"compute. Received: {requested} with the engine {name!r}. Use engine='gang', or no "
+            "gradient_buckets."
+        )
+
+
+def buckets_that_pay(name: str, num_bytes: int, hosts: Collection[str]) -> int:
+    """The most buckets that a gradient should be exchanged in, each as soon as it is computed.
+
+    Ranks of one host share memory, where nothing travels. Between hosts an exchange of small slices
+    is bound by the number of messages, and every bucket adds to that.
+
+    Args:
+        name: of the engine.
+        num_bytes: of a gradient on its way.
+        hosts: of every rank.
+    """
+    if name != "gang" or len(set(hosts)) < 2:
+        return 1
+    return max(1, min(_MOST_BUCKETS, num_bytes // len(hosts) // _LEAST_SLICE_BYTES))
 
 
 def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkContext | None) -> Any:

@@ -24,7 +24,13 @@ def array(shard, content, name):
 weights = {}
 for index, group in enumerate(manifest["groups"]):
     parts = [array(shard, content, f"weights/{index}") for shard, content in shards]
-    vector = np.concatenate(parts)[: group["size"]]  # what follows is padding
+    buckets, offset = [], 0
+    for size in group["buckets"]:
+        share = -(-size // len(parts))
+        bucket = np.concatenate([part[offset : offset + share] for part in parts])
+        buckets.append(bucket[:size])  # what follows is padding
+        offset += share
+    vector = np.concatenate(buckets)
     for tensor in manifest["tensors"]:
         if tensor["group"] == index:
             start = tensor["offset"] - group["offset"]
@@ -34,7 +40,7 @@ for index, group in enumerate(manifest["groups"]):
 
 Arrays of a shard file are raw, C-ordered, little-endian, and called
 
-* `weights/G`, the rank's slice of the padded vector of group G, `[shard_size]`;
+* `weights/G`, the rank's slices of the padded buckets of group G, `[shard_size]`;
 * `slots/G/NAME`, a slot of the optimizer of group G, `[shard_size]` or `[]`;
 * `state/I`, tensor I of the model state, in the file of rank 0 only.
 
@@ -46,7 +52,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -123,7 +129,13 @@ class TensorEntry:
 class GroupEntry:
     """One parameter group: elements `[offset, offset + size)` of the flat vector.
 
-    Rank r keeps elements `[r * shard_size, (r + 1) * shard_size)` of the group, padded at its end.
+    Attributes:
+        offset, size: of the group.
+        shard_size: elements that a rank keeps of it, padding included.
+        optimizer: name of its rule.
+        slots: of its rule.
+        buckets: elements of the buckets that make up the group (see `Layout`); not given: it is
+            one. Rank r keeps slice r of every bucket, each padded at the bucket's end.
     """
 
     offset: int
@@ -131,6 +143,27 @@ class GroupEntry:
     shard_size: int
     optimizer: str
     slots: tuple[UpdateSlot, ...]
+    buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buckets", tuple(self.buckets) or (self.size,))
+
+    def pieces(self, start: int, stop: int, num_ranks: int) -> Iterator[tuple[int, int, int, int]]:
+        """Where elements `[start, stop)` of the group lie.
+
+        Yields:
+            (element of the group, rank, place in the rank's shard of the group, elements).
+        """
+        begin = offset = 0
+        for size in self.buckets:
+            share = -(-size // num_ranks)
+            position = max(start, begin)
+            while position < min(stop, begin + size):
+                rank, within = divmod(position - begin, share)
+                count = min(share - within, min(stop, begin + size) - position)
+                yield position, rank, offset + within, count
+                position += count
+            begin, offset = begin + size, offset + share
 
 
 @dataclass(frozen=True)

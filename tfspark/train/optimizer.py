@@ -58,6 +58,11 @@ class TFOptimizer:
     * `wire_dtype`: `"bfloat16"` or `"float16"` halves the bytes that travel between ranks: weights
       and gradients are rounded on their way; sums and the weights that an optimizer steps stay in
       full precision. Worth it where the network is the bottleneck; on one host it is not.
+    * `gradient_buckets`: the most parts, of whole tensors each, that the engine `"gang"` exchanges
+      a gradient in: those of the last layers while the gradient of the first layers is computed.
+      None (default): 4 between hosts, fewer where they would be small, 1 on one host. Weights and
+      losses are the same bits, but where optimizers sum over tensors (clipping by norm, LARS,
+      LAMB): there the last bits differ.
 
     Attributes:
         train_summary, val_summary: as set, or None.

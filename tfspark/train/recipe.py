@@ -40,6 +40,8 @@ class Settings:
         progress: whether to show progress.
         wire_dtype: what weights and gradients are rounded to on their way between ranks:
             "bfloat16" or "float16"; None: they are not.
+        gradient_buckets: the most buckets that a gradient is exchanged in, each as soon as it is
+            computed; None: as many as pay.
     """
 
     engine: str = "auto"
@@ -53,6 +55,7 @@ class Settings:
     leave_out: LeaveOut | None = None
     progress: bool = True
     wire_dtype: str | None = None
+    gradient_buckets: int | None = None
 
     @classmethod
     def of(cls, **settings: Any) -> Settings:
@@ -73,9 +76,9 @@ class Settings:
         return cls(**settings)
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "accumulation_steps", "average_every"):
+        for name in ("num_ranks", "accumulation_steps", "average_every", "gradient_buckets"):
             value = getattr(self, name)
-            default = value is None and name == "num_ranks"
+            default = value is None and name in ("num_ranks", "gradient_buckets")
             if not default and (not isinstance(value, int) or value < 1):
                 raise InvalidInputError(
                     f"{name} is a whole number of at least 1. Received: {value!r}."
@@ -102,6 +105,14 @@ class Settings:
                 "A slow rank is left out of a step that all ranks take together; in local SGD each "
                 f"takes its own. Received: leave_out={self.leave_out} with "
                 f"average_every={self.average_every}. Use one of them."
+            )
+        alone = self.average_every > 1 or self.leave_out is not None
+        if (self.gradient_buckets or 1) > 1 and alone:
+            raise InvalidInputError(
+                "A gradient is exchanged in buckets where every rank takes part in every step. "
+                f"Received: gradient_buckets={self.gradient_buckets} with "
+                f"average_every={self.average_every}, leave_out={self.leave_out}. Leave "
+                "gradient_buckets to tfspark, or the others at their defaults."
             )
         # The one place that knows what a valid clipping is.
         Clipping(value=self.clip_value, global_norm=self.clip_norm)

@@ -172,15 +172,12 @@ class FromCheckpoint:
 
     def _read_segments(self, run: Run, state: RankState) -> None:
         entries = {entry.name: entry for entry in self.manifest.tensors}
-        bounds = np.cumsum([0, *(weight.size for weight in run.program.weights)])
         for segment in run.layout.segments(state.rank):
             weight = run.program.weights[segment.tensor]
             entry = entries[weight.name]
             base = run.layout.group_slice(weight.group).start
-            owned, _ = run.layout.owned(weight.group, state.rank)
-            # Elements of the tensor, then elements of the group it was saved in.
-            begin = segment.start - base + owned - int(bounds[segment.tensor])
-            begin += entry.offset - self.manifest.groups[entry.group].offset
+            # Counted in the tensor, then in the group it was saved in.
+            begin = segment.offset + entry.offset - self.manifest.groups[entry.group].offset
             end = begin + segment.stop - segment.start
             state.shard[segment.start : segment.stop] = self.store.read_flat_range(
                 self.manifest, entry.group, begin, end
@@ -285,9 +282,19 @@ def _model_state(run: Run, state: RankState) -> tuple[np.ndarray, list[np.ndarra
 
 
 def _same_layout(manifest: Manifest, run: Run) -> bool:
-    return manifest.num_ranks == run.num_ranks and manifest.tensors == tensor_entries(
-        run.program.weights, run.program.dtype
+    return (
+        manifest.num_ranks == run.num_ranks
+        and manifest.tensors == tensor_entries(run.program.weights, run.program.dtype)
+        and [group.buckets for group in manifest.groups] == _buckets(run)
     )
+
+
+def _buckets(run: Run) -> list[tuple[int, ...]]:
+    """Elements of the buckets of each group."""
+    sizes: list[list[int]] = [[] for _ in range(run.layout.num_groups)]
+    for bucket in run.layout.buckets:
+        sizes[bucket.group].append(bucket.stop - bucket.start)
+    return [tuple(group) for group in sizes]
 
 
 def _manifest(
@@ -309,8 +316,9 @@ def _manifest(
                 layout.slice_sizes[group],
                 update.name,
                 update.slots,
+                buckets,
             )
-            for group, update in enumerate(run.updates)
+            for group, (update, buckets) in enumerate(zip(run.updates, _buckets(run), strict=True))
         ),
         state=run.program.state,
         training=dict(training),

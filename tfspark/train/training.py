@@ -19,7 +19,14 @@ from tfspark.graph.optimizers import clipping_of
 from tfspark.slots import in_process, slots, task_threads
 from tfspark.sync import wire
 from tfspark.sync.engine import Engine, Run
-from tfspark.train.engines import check_leave_out, choose_engine, make_engine, materialise
+from tfspark.train.engines import (
+    buckets_that_pay,
+    check_gradient_buckets,
+    check_leave_out,
+    choose_engine,
+    make_engine,
+    materialise,
+)
 from tfspark.train.left_out import LeftOutRows
 from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
@@ -53,6 +60,7 @@ class Training:
         settings = recipe.settings
         self._name = choose_engine(settings.engine, context, num_ranks, settings.average_every)
         check_leave_out(settings.leave_out, self._name, num_ranks)
+        check_gradient_buckets(settings.gradient_buckets, self._name)
         train_set = materialise(self._name, recipe.dataset, num_ranks, context)
         flat, state = recipe.bound.values()
         run = _run(
@@ -61,6 +69,7 @@ class Training:
             saved.store.read_state(saved.manifest) if saved else state,
             num_ranks,
             task_threads(context) if context else 1,
+            self._name,
         )
         if saved:
             _warn_of_changed_order(saved, run.order)
@@ -165,9 +174,17 @@ class Training:
 
 
 def _run(
-    recipe: Recipe, train_set: Any, state: Sequence[np.ndarray], num_ranks: int, threads: int
+    recipe: Recipe,
+    train_set: Any,
+    state: Sequence[np.ndarray],
+    num_ranks: int,
+    threads: int,
+    engine: str,
 ) -> Run:
-    dataset, settings = recipe.dataset, recipe.settings
+    dataset, settings, program = recipe.dataset, recipe.settings, recipe.bound.program
+    alone = settings.average_every > 1 or settings.leave_out is not None
+    width = np.dtype(settings.wire_dtype or program.dtype).itemsize
+    hosts = [handle.host for handle in train_set.handles]
     order = BatchOrder(
         tuple(handle.rows for handle in train_set.handles),
         recipe.batch_size,
@@ -176,7 +193,7 @@ def _run(
     )
     return Run(
         run_id=uuid.uuid4().hex,
-        program=recipe.bound.program,
+        program=program,
         updates=recipe.updates,
         clippings=tuple(clipping_of(group.optimizer) for group in recipe.groups.groups),
         order=order,
@@ -191,6 +208,8 @@ def _run(
         digests=tuple(handle.digest for handle in train_set.handles),
         wire_dtype=settings.wire_dtype,
         leave_out=settings.leave_out,
+        gradient_buckets=settings.gradient_buckets
+        or (1 if alone else buckets_that_pay(engine, program.size * width, hosts)),
     )
 
 
