@@ -69,7 +69,13 @@ class Problem:
         )
 
     def train(self, share, steps=STEPS, stop=None, program_class=RankProgram):
-        """The states of all ranks after one round."""
+        """The states of all ranks after one round.
+
+        Args:
+            share: whether ranks share memory: True, False or "some".
+            steps, stop: of the plan.
+            program_class: makes the programs of a rank.
+        """
         plan = RoundPlan(0, ((0.01,) * len(self.run.updates),) * steps, stop)
 
         def take_steps(links):
@@ -86,7 +92,7 @@ class Problem:
 
         with mesh(RANKS) as links:
             states, shares = zip(*on_all(links, take_steps), strict=True)
-        assert set(shares) == {share}
+        assert set(shares) == {share is True}
         return states
 
 

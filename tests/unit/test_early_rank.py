@@ -47,6 +47,25 @@ def test_the_same_bits_as_with_one_bucket(tmp_path, settings, share):
     assert states[0].step == STEPS
 
 
+@needs_sharing
+def test_the_same_bits_where_some_ranks_share_memory(tmp_path, monkeypatch):
+    """As two on one host and one on another."""
+    share_memory = Links.share_memory
+
+    def share_with_some(self, **at):
+        share_memory(self, **at)
+        apart = self.peers if self.rank == 2 else (2,)
+        self._readers = self._readers.difference(apart)
+        for peer in apart:
+            del self._inboxes[peer]
+
+    monkeypatch.setattr(Links, "share_memory", share_with_some)
+    plain, early = (Problem(tmp_path, gradient_buckets=n) for n in (1, 4))
+    states, others = early.train("some"), plain.train("some")
+    for array, other in zip(whole(early, states), whole(plain, others), strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
 def test_the_same_bits_where_a_rank_has_no_rows(tmp_path):
     """48 rows are four batches of 12; a fifth of 2 rows leaves the last rank without any."""
     plain, early = (Problem(tmp_path, batch_size=23, gradient_buckets=n) for n in (1, 4))
