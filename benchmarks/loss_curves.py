@@ -172,9 +172,10 @@ def plot(found: list[dict[str, Any]], rows: int, path: Path) -> None:
             smooth = np.convolve(losses, np.ones(width) / width, "valid")
             top.plot(epochs[width - 1 :], smooth, label=each["label"])
             accuracy = np.array(each["accuracy"])
-            bottom.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, marker=".")
+            places = np.arange(1, len(accuracy) + 1)
+            bottom.plot(places, 100 * accuracy, marker=".", label=each["label"])
         top.set(title=panel, yscale="log", xlabel="epochs", ylabel="training loss")
-        top.legend()
+        bottom.legend(loc="lower right", fontsize=8)  # curves above leave no room
         bottom.set(xlabel="epochs", ylabel="test accuracy, %", ylim=(80, 100))
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
