@@ -125,14 +125,15 @@ def test_an_error_in_a_gradient_is_raised_by_its_rank(tmp_path, has_handed_over)
 
     class Failing(RankProgram):
         def contribute(self, rank, *arguments, on_bucket, **more):
-            if rank != 1:
+            if rank != 0:
                 return super().contribute(rank, *arguments, on_bucket=on_bucket, **more)
             if has_handed_over:
                 super().contribute(rank, *arguments, on_bucket=on_bucket, **more)
             failed.set()
             raise TrainingError("of the user", rank=rank)
 
-    with pytest.raises((TrainingError, PeerLostError)) as caught:
+    # The errors of the others, which lost a peer, come after that of rank 0.
+    with pytest.raises(TrainingError, match="of the user") as caught:
         Problem(tmp_path, gradient_buckets=4).train(False, program_class=Failing)
     assert failed.is_set()
-    assert caught.value.where["rank"] in range(RANKS)
+    assert not isinstance(caught.value, PeerLostError) and caught.value.where["rank"] == 0

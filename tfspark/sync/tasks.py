@@ -62,7 +62,7 @@ def memory_kept() -> Iterator[None]:
 
 def program_of(run: Run) -> RankProgram:
     """The programs of a run in this worker, loaded by its first task."""
-    configure_threads(run.task_threads, hands_over=run.gradient_buckets > 1)
+    configure_threads(run.task_threads, hands_over=run.exchanges_early)
     program = rank_program(run)
     if run.run_id not in _FROZEN:
         # PySpark's daemon collects garbage after every task. With TensorFlow imported that took

@@ -106,8 +106,7 @@ class Settings:
                 f"takes its own. Received: leave_out={self.leave_out} with "
                 f"average_every={self.average_every}. Use one of them."
             )
-        alone = self.average_every > 1 or self.leave_out is not None
-        if (self.gradient_buckets or 1) > 1 and alone:
+        if (self.gradient_buckets or 1) > 1 and not self.is_in_step:
             raise InvalidInputError(
                 "A gradient is exchanged in buckets where every rank takes part in every step. "
                 f"Received: gradient_buckets={self.gradient_buckets} with "
@@ -116,6 +115,11 @@ class Settings:
             )
         # The one place that knows what a valid clipping is.
         Clipping(value=self.clip_value, global_norm=self.clip_norm)
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether every rank takes part in every step."""
+        return self.average_every == 1 and self.leave_out is None
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,6 @@ def _run(
     engine: str,
 ) -> Run:
     dataset, settings, program = recipe.dataset, recipe.settings, recipe.bound.program
-    alone = settings.average_every > 1 or settings.leave_out is not None
     width = np.dtype(settings.wire_dtype or program.dtype).itemsize
     hosts = [handle.host for handle in train_set.handles]
     order = BatchOrder(
@@ -209,7 +208,7 @@ def _run(
         wire_dtype=settings.wire_dtype,
         leave_out=settings.leave_out,
         gradient_buckets=settings.gradient_buckets
-        or (1 if alone else buckets_that_pay(engine, program.size * width, hosts)),
+        or (buckets_that_pay(engine, program.size * width, hosts) if settings.is_in_step else 1),
     )
 
 
