@@ -217,6 +217,10 @@ class Layout:
             )
         ]
 
+    def place_of(self, tensors: range) -> slice:
+        """Where neighbouring tensors lie in the flat vector."""
+        return slice(int(self._bounds[tensors.start]), int(self._bounds[tensors.stop]))
+
     def bucket_tensors(self) -> tuple[range, ...]:
         """The tensors whose last element lies in each bucket.
 

@@ -81,15 +81,12 @@ class RankProgram:
 
     def __init__(self, run: Run):
         self.run = run
-        # The outputs that are gradients, as they come: of one bucket after the other, or all at
-        # once; and their places in the flat vector.
-        self._pieces = [range(1, 1 + len(run.program.weights))]
-        if run.exchanges_early:
-            tensors = run.layout.bucket_tensors()
-            self._pieces = [range(1 + each.start, 1 + each.stop) for each in tensors]
-        bounds = np.cumsum([0, 0, *(weight.size for weight in run.program.weights)])
-        self._places = [slice(bounds[each.start], bounds[each.stop]) for each in self._pieces]
-        self._gradient = load_in_parts(run.program.graph, self._pieces)
+        # Gradients come one bucket after the other, or all at once.
+        every = (range(len(run.program.weights)),)
+        tensors = run.layout.bucket_tensors() if run.exchanges_early else every
+        self._places = [run.layout.place_of(each) for each in tensors]
+        pieces = [range(1 + each.start, 1 + each.stop) for each in tensors]  # after the loss
+        self._gradient = load_in_parts(run.program.graph, pieces)
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
         self._terms = [
             load(update.terms, jit_compile=True) if update.terms else None for update in run.updates
