@@ -9,49 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import SPEC, columns, rows_of, write
 
 from tfspark.data.spec import NUMERIC_DTYPES, Field, RowSpec
 from tfspark.data.store import Store, StoreWriter, check_agreement
 from tfspark.errors import DataError, StoreLostError
-
-SPEC = RowSpec.of(
-    {
-        "x": Field("x", "float32", (2, 3)),
-        "y": Field("y", "int32", ()),
-        "s": Field("s", "string", ()),
-        "t": Field("t", "string", (2,)),
-    }
-)
-
-
-def columns(count, seed=0):
-    rng = np.random.default_rng(seed)
-    text = np.empty(count, object)
-    pairs = np.empty((count, 2), object)
-    for i in range(count):
-        text[i] = rng.bytes(int(rng.integers(0, 9)))
-        pairs[i] = [b"a\0" * int(rng.integers(0, 3)), f"é{i}".encode()]
-    # Flat order of a dict is that of its sorted keys: s, t, x, y.
-    return [
-        text,
-        pairs,
-        rng.normal(size=(count, 2, 3)).astype(np.float32),
-        rng.integers(-9, 9, count).astype(np.int32),
-    ]
-
-
-def rows_of(arrays):
-    for s, t, x, y in zip(*arrays, strict=True):
-        yield {"s": s, "t": t, "x": x, "y": y}
-
-
-def write(path, spec, *, rows=None, arrays=None, **options):
-    with StoreWriter(str(path), spec, rank=3, **options) as writer:
-        for row in () if rows is None else rows:
-            writer.append_row(row)
-        if arrays:
-            writer.append_columns(arrays)
-    return writer.handle
 
 
 def assert_same(taken, expected):

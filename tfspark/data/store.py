@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import uuid
@@ -23,7 +24,7 @@ from tfspark.data.rows import (
     physical_schema,
     string_buffers,
 )
-from tfspark.data.spec import STRING, RowSpec
+from tfspark.data.spec import STRING, Field, RowSpec
 from tfspark.errors import DataError, StoreLostError
 
 
@@ -195,6 +196,17 @@ class Store:
                 self._strings[field.name] = [string_buffers(column) for column in columns]
             else:
                 self._numbers[field.name] = [column_view(column, field) for column in columns]
+            self._check_lengths(field, batches)
+
+    def _check_lengths(self, field: Field, batches: Sequence[pa.RecordBatch]) -> None:
+        elements = math.prod(fixed_shape(field))
+        for index, batch in enumerate(batches):
+            if field.dtype == STRING:
+                whole = len(self._strings[field.name][index][0]) > batch.num_rows * elements
+            else:
+                whole = len(self._numbers[field.name][index]) == batch.num_rows
+            if not whole:
+                raise ValueError(f"chunk {index} of {field.name!r} is shorter than its rows")
 
     @classmethod
     def open(cls, handle: Handle) -> Store:
@@ -217,14 +229,20 @@ class Store:
         try:
             reader = pa.ipc.open_file(source)
             batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        except (pa.ArrowInvalid, OSError) as error:
+            for batch in batches:
+                batch.validate()  # lengths only: Arrow aborts the process where they do not fit
+        except (pa.ArrowException, OSError) as error:
             raise _not_the_store(handle, f"{size} bytes, {error}") from error
         rows = sum(batch.num_rows for batch in batches)
         described = (reader.schema.metadata or {}).get(b"tfspark")
         expected = (physical_schema(handle.spec).metadata or {}).get(b"tfspark")
         if (size, rows, described) != (handle.bytes, handle.rows, expected):
             raise _not_the_store(handle, f"{size} bytes, {rows} rows, fields {described!r}")
-        return cls(handle, batches)
+        try:
+            return cls(handle, batches)
+        # Columns that are missing, of another type, or shorter than their batch.
+        except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as error:
+            raise _not_the_store(handle, f"{size} bytes, {error}") from error
 
     @property
     def rows(self) -> int:

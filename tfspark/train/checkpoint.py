@@ -139,11 +139,35 @@ class CheckpointStore:
             CheckpointError: it cannot be written.
         """
         fs, root = self._open()
-        probe = f"{root}/.{uuid.uuid4().hex[:8]}.{uuid.uuid4().hex[:8]}.part"
         with self._explained("model_dir must be a folder that can be written"):
             files.make_folder(fs, root)
-            files.write(fs, probe, [b"tfspark"])
-            fs.rm_file(probe)
+        probe = self.write_probe("driver")
+        self.take_probes([probe])
+
+    def write_probe(self, writer: str) -> str:
+        """Writes a small file, from any machine, and returns its name.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        fs, root = self._open()
+        name = f".{writer}.{uuid.uuid4().hex[:8]}.part"  # if it stays, `begin` clears it away
+        with self._explained(f"model_dir must be a folder that can be written by the {writer}"):
+            files.write(fs, f"{root}/{name}", [b"tfspark"])
+        return name
+
+    def take_probes(self, names: Iterable[str]) -> list[str]:
+        """Removes what `write_probe` wrote; the names that are not seen from here.
+
+        Raises:
+            CheckpointError: one cannot be removed.
+        """
+        fs, root = self._open()
+        seen, wanted = set(files.list_names(fs, root)), list(names)
+        with self._explained("model_dir must be a folder that can be written"):
+            for name in seen.intersection(wanted):
+                fs.rm_file(f"{root}/{name}")
+        return [name for name in wanted if name not in seen]
 
     def begin(self, step: int) -> Attempt:
         """Opens an attempt for the checkpoint of a step; called on the driver.
@@ -217,7 +241,14 @@ class CheckpointStore:
         fs, root = self._open()
         ordered = tuple(sorted(shards, key=lambda shard: shard.rank))
         manifest = replace(manifest, folder=attempt.folder, shards=ordered)
-        _check_complete(attempt, manifest)
+        missing = manifest.missing()
+        if missing or manifest.step != attempt.step:
+            raise CheckpointError(
+                "A checkpoint has one shard of every rank with every array that the manifest "
+                "promises, in its shape, all of its own step. Received: step "
+                f"{manifest.step} with {missing or 'all of them'}.",
+                step=attempt.step,
+            )
         for shard in ordered:
             problem = self._size_problem(fs, root, manifest, shard)
             if problem:
@@ -482,35 +513,6 @@ class CheckpointStore:
                 manifest, rank, key, within, within + count
             )
         return result
-
-
-def _check_complete(attempt: Attempt, manifest: Manifest) -> None:
-    ranks = [shard.rank for shard in manifest.shards]
-    if ranks != list(range(manifest.num_ranks)) or manifest.step != attempt.step:
-        raise CheckpointError(
-            "A checkpoint has one shard of every rank, all of its own step. Received: step "
-            f"{manifest.step} with shards of ranks {ranks} of {manifest.num_ranks}.",
-            step=attempt.step,
-        )
-    expected: dict[str, tuple[int, ...]] = {}
-    for index, group in enumerate(manifest.groups):
-        expected[weights_key(index)] = (group.shard_size,)
-        for slot in group.slots:
-            shape = (group.shard_size,) if slot.kind == "vector" else ()
-            expected[slot_key(index, slot.name)] = shape
-    for shard in manifest.shards:
-        promised = dict(expected)
-        if shard.rank == 0:
-            promised |= {state_key(i): tuple(slot.shape) for i, slot in enumerate(manifest.state)}
-        shapes = {name: tuple(array.shape) for name, array in shard.arrays.items()}
-        wrong = [name for name, shape in promised.items() if shapes.get(name) != shape]
-        if wrong:
-            raise CheckpointError(
-                "A shard holds every array that the manifest promises, in its shape. Received: "
-                + ", ".join(f"{n}: {shapes.get(n)} instead of {promised[n]}" for n in wrong),
-                rank=shard.rank,
-                step=attempt.step,
-            )
 
 
 def _array(content: bytes, entry: ArrayInfo, offset: int) -> np.ndarray:

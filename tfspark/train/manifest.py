@@ -51,10 +51,11 @@ metrics) is written as Python's `json` does: `NaN`, `Infinity`.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -226,19 +227,52 @@ class Manifest:
                     "shards": tuple(_shard(entry) for entry in entries["shards"]),
                 }
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 "The manifest of a checkpoint is a JSON document as tfspark.train.manifest "
                 f"describes it. Received: one that cannot be read ({type(error).__name__}: "
                 f"{error})."
             ) from error
+        if not _fits(manifest, Manifest):
+            raise CheckpointError(
+                "The values of a manifest have the types that tfspark.train.manifest names. "
+                "Received: one of another type. The file is damaged."
+            )
         names = [shard.file for shard in manifest.shards]
         if not FOLDER.fullmatch(manifest.folder) or not all(map(_FILE.fullmatch, names)):
             raise CheckpointError(
                 "A manifest names files of its own data folder only. Received: folder "
                 f"{manifest.folder!r}, files {names}."
             )
+        problem = _contradiction(manifest)
+        if problem:
+            raise CheckpointError(
+                f"The parts of a manifest fit together. Received: {problem}. The file is damaged; "
+                "an older checkpoint may be whole."
+            )
         return manifest
+
+    def missing(self) -> str | None:
+        """What a checkpoint of this manifest lacks: shards, or arrays in them; None if nothing."""
+        ranks = [shard.rank for shard in self.shards]
+        if ranks != list(range(self.num_ranks)):
+            return f"shards of ranks {ranks} of {self.num_ranks}"
+        expected: dict[str, tuple[int, ...]] = {}
+        for index, group in enumerate(self.groups):
+            expected[weights_key(index)] = (group.shard_size,)
+            for slot in group.slots:
+                shape = (group.shard_size,) if slot.kind == "vector" else ()
+                expected[slot_key(index, slot.name)] = shape
+        for shard in self.shards:
+            promised = dict(expected)
+            if shard.rank == 0:
+                promised |= {state_key(i): tuple(slot.shape) for i, slot in enumerate(self.state)}
+            shapes = {name: tuple(array.shape) for name, array in shard.arrays.items()}
+            wrong = [name for name, shape in promised.items() if shapes.get(name) != shape]
+            if wrong:
+                listed = (f"{n}: {shapes.get(n)} instead of {promised[n]}" for n in wrong)
+                return f"a shard of rank {shard.rank} with {', '.join(listed)}"
+        return None
 
 
 def tensor_entries(weights: Sequence[Weight], dtype: str) -> tuple[TensorEntry, ...]:
@@ -323,3 +357,66 @@ def _group(entry: dict[str, Any]) -> GroupEntry:
 def _shard(entry: dict[str, Any]) -> ShardInfo:
     arrays = {name: _entry(ArrayInfo, array) for name, array in entry["arrays"].items()}
     return ShardInfo(**{**entry, "arrays": arrays})
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """What cannot be in a manifest that was read; None: it makes sense.
+
+    Whoever reads arrays afterwards may count on sizes, offsets and dtypes.
+    """
+    if manifest.num_ranks < 1:
+        return "no rank"
+    for index, group in enumerate(manifest.groups):
+        shares = sum(-(-size // manifest.num_ranks) for size in group.buckets)
+        if (sum(group.buckets), shares) != (group.size, group.shard_size):
+            return f"a group {index} that is not the sum of its buckets"
+        if any(slot.kind not in ("vector", "scalar") for slot in group.slots):
+            return f"a group {index} with a slot of another kind"
+    for tensor in manifest.tensors:
+        if tensor.group >= len(manifest.groups):
+            return f"a tensor {tensor.name!r} of no group"
+        group = manifest.groups[tensor.group]
+        begin = tensor.offset - group.offset
+        if begin < 0 or begin + math.prod(tensor.shape) > group.size:
+            return f"a tensor {tensor.name!r} beyond its group"
+    for shard in manifest.shards:
+        for name, array in shard.arrays.items():
+            if not _is_numeric(array.dtype):
+                return f"an array {name!r} of {array.dtype!r}"
+            end = array.offset + math.prod(array.shape) * numpy_dtype(array.dtype).itemsize
+            if end > shard.bytes:
+                return f"an array {name!r} beyond the end of its file"
+    return manifest.missing()
+
+
+def _is_numeric(name: str) -> bool:
+    try:
+        return name == "bfloat16" or np.dtype(name).kind in "biufc"
+    except TypeError:
+        return False
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type; whole numbers but `seed` are not negative."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            isinstance(key, str) and _fits(each, arguments[1]) for key, each in value.items()
+        )
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return isinstance(value, hint) and all(
+            type(getattr(value, name)) is int
+            if name == "seed"
+            else _fits(getattr(value, name), hints[name])
+            for name in (field.name for field in fields(hint))
+        )
+    if hint is int:
+        return type(value) is int and value >= 0
+    if hint is float:
+        return type(value) in (int, float)
+    return isinstance(value, hint)
