@@ -8,8 +8,10 @@ HERE = Path(__file__).parent
 VERSION = "0.1.0"
 
 PLOTS = ["matplotlib>=3.8"]
+ENCRYPTION = ["cryptography>=42"]
 EXAMPLES = ["scikit-learn>=1.4", "scipy>=1.11", *PLOTS]
 TEST = [
+    *ENCRYPTION,
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8",
@@ -28,6 +30,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["tfspark", "tfspark.*"]),
     package_data={"tfspark": ["py.typed"]},
+    entry_points={"console_scripts": ["tfspark=tfspark.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "fsspec>=2024.2",
@@ -41,7 +44,7 @@ setup(
         "tf2onnx>=1.16",
         "tqdm>=4.66",
     ],
-    extras_require={"plots": PLOTS, "examples": EXAMPLES, "test": TEST},
+    extras_require={"encryption": ENCRYPTION, "plots": PLOTS, "examples": EXAMPLES, "test": TEST},
     classifiers=[
         "Intended Audience :: Developers",
         "License :: OSI Approved :: Apache Software License",

@@ -21,13 +21,15 @@ BELOW = {
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},
     "graph": {"errors", "graphdef", "data"},
-    "sync": {"errors", "_aligned", "graphdef", "data", "graph"},
+    "sync": {"errors", "_aligned", "_optional", "slots", "graphdef", "data", "graph"},
     "train": {"errors", "_optional", "slots", "graphdef", "data", "graph", "sync"},
 }
+BELOW["doctor"] = set(BELOW) - {"daemon"}
+BELOW["__main__"] = {"doctor"}
 FRAMEWORKS = {
-    "pyspark": {"context", "slots", "daemon", "data", "sync", "train"},
+    "pyspark": {"context", "slots", "daemon", "doctor", "data", "sync", "train"},
     "py4j": {"context", "data", "sync", "train"},
-    "tensorflow": {"graphdef", "data", "graph", "sync", "train"},
+    "tensorflow": {"graphdef", "data", "graph", "sync", "train", "doctor"},
     "keras": {"graphdef", "graph", "sync", "train"},
 }
 # Imported by every Python worker that writes data, where TensorFlow would cost seconds.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tfspark.data.dataset import TFDataset
     from tfspark.graph.lars import LARS
     from tfspark.sync.stragglers import LeaveOut
+    from tfspark.train.failure_policy import FailurePolicy
     from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.train.optimizer import TFOptimizer
     from tfspark.train.plateau import Plateau
@@ -60,6 +61,7 @@ _NAMES_OF = {
     "tfspark.data.dataset": "TFDataset",
     "tfspark.graph.lars": "LARS",
     "tfspark.sync.stragglers": "LeaveOut",
+    "tfspark.train.failure_policy": "FailurePolicy",
     "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
     "tfspark.train.optimizer": "TFOptimizer",
     "tfspark.train.plateau": "Plateau",
@@ -84,6 +86,7 @@ __all__ = [
     "Adamax",
     "EpochStep",
     "EveryEpoch",
+    "FailurePolicy",
     "Ftrl",
     "HitRatio",
     "Lamb",

@@ -119,7 +119,7 @@ def init_nncontext(
     context = active or _start(requested)
     if check_executors and not in_process(context) and context not in _checked:
         try:
-            _check_executors(context)
+            compare_executors(context)
         except ClusterError:
             if active is None:
                 context.stop()  # so that the next try can start with other settings
@@ -473,8 +473,12 @@ def _probe() -> Callable[[Iterable[int]], list[tuple[str, ...]]]:
     return versions
 
 
-def _check_executors(context: SparkContext) -> None:
-    """Compares the executors' Python and packages with the driver's, in one tiny job."""
+def compare_executors(context: SparkContext) -> None:
+    """Compares the executors' Python and packages with the driver's, in one tiny job.
+
+    Raises:
+        ClusterError: they differ, or no Python task runs there.
+    """
     probe = _probe()
     (driver,) = probe([])
     number = slots(context)

@@ -12,8 +12,12 @@ TFSparkError                      catch this to catch them all
 │   ├── UserFunctionError         the user's own function raised on an executor
 │   ├── StoreLostError            a partition's store is not on this host any more
 │   ├── WorkerLostError           a Python worker died while it ran a task
-│   └── PeerLostError             another rank of a round is gone, or silent
+│   ├── PeerLostError             another rank of a round is gone, or silent
+│   ├── ResourceError             a host is out of disk, memory or open files
+│   ├── SparkJobError             Spark gave up a job for a reason of its own
+│   └── CommitLostError           all copies of a commit are lost
 └── CheckpointError               reading or writing a checkpoint              (also RuntimeError)
+    └── CheckpointWriteError      its files cannot be written now
 ```
 
 A message names the rule that was broken, what was received ("Received: …") and the remedy. Where
@@ -106,8 +110,24 @@ class PeerLostError(TrainingError):
     """Another rank of a round closed its connection, or was silent for too long."""
 
 
+class ResourceError(TrainingError):
+    """A host has run out of what training needs: disk, memory, open files; or its disk fails."""
+
+
+class SparkJobError(TrainingError):
+    """Spark gave up a job, and not because of Python code in it."""
+
+
+class CommitLostError(TrainingError):
+    """All copies of a commit are lost with their executors; only a checkpoint helps."""
+
+
 class CheckpointError(TFSparkError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """The file system refused a write; it may take the next one."""
 
 
 def require(condition: bool, rule: str, **received: Any) -> None:

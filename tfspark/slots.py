@@ -39,11 +39,11 @@ def slots(context: SparkContext) -> int:
     """
     settings = dict(context.getConf().getAll())
     expected = _expected_slots(settings)
-    registered = _registered_slots(context)
+    registered = registered_slots(context)
     if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
         return max(registered, expected)
     if not in_process(context):
-        registered = _await_slots(lambda: _registered_slots(context), expected)
+        registered = _await_slots(lambda: registered_slots(context), expected)
     if registered < 1:
         raise ClusterError(
             "Training needs at least one task slot: executors times their cores, divided by "
@@ -81,8 +81,8 @@ def in_process(context: SparkContext) -> bool:
     return re.match(r"local(\[|$)", str(context.master)) is not None
 
 
-def _registered_slots(context: SparkContext) -> int:
-    """Tasks that the executors registered by now can run at once, as barrier stages count them."""
+def registered_slots(context: SparkContext) -> int:
+    """Tasks that the executors there are can run at once, as barrier stages count them."""
     spark: Any = context._jsc.sc()
     profile = spark.resourceProfileManager().defaultResourceProfile()
     return int(spark.maxNumConcurrentTasks(profile))

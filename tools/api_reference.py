@@ -23,7 +23,7 @@ first sections come straight from `tfspark`, those of the last ones from the mod
 SECTIONS = {
     "Spark": "tfspark: init_nncontext",
     "Data": "tfspark: TFDataset",
-    "Training": "tfspark: TFOptimizer LeaveOut",
+    "Training": "tfspark: TFOptimizer FailurePolicy LeaveOut",
     "Triggers": (
         "tfspark: MaxEpoch MaxIteration EveryEpoch SeveralIteration MaxScore MinLoss TriggerAnd "
         "TriggerOr"

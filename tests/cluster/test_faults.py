@@ -112,7 +112,7 @@ def test_lost_stores_are_rebuilt(cluster):
 
 def test_losing_all_copies_is_one_error(cluster):
     kind, message = cluster["all executors"]
-    assert kind == "TrainingError"
+    assert kind == "CommitLostError"
     assert "model_dir" in message and "\tat " not in message
     assert cluster["all executors kept"]
     assert cluster["all executors seconds"] < 120

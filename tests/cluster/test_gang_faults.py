@@ -113,7 +113,7 @@ def test_a_step_that_always_kills_its_worker_is_one_error(cluster):
 
 def test_the_error_of_a_rank_is_the_error_of_the_round(cluster):
     kind, message = cluster["raising"]
-    assert kind == "TrainingError"
+    assert kind == "UserFunctionError"
     assert "rank " in message and "KeyError: 'of the user'" in message
     assert cluster["raising seconds"] < 60
 

@@ -30,12 +30,13 @@ SOURCE = """
         states = loop.engine.map_states(loop.commit, report)
         result["ranks"] = [rank for rank, _, _ in states]
         result["package"] = sorted(set(path for _, _, path in states))
-        (info,) = [i for i in sc._jsc.sc().getRDDStorageInfo() if i.id() == loop.commit.frames.id()]
+        commit = loop.commit.computed.id()
+        (info,) = [i for i in sc._jsc.sc().getRDDStorageInfo() if i.id() == commit]
         result["copies"] = info.storageLevel().replication()
         result["cached"] = info.numCachedPartitions()
         status = sc._jsc.sc().statusStore().rddList(True)
         blocks = [status.apply(i) for i in range(status.size())]
-        (mine,) = [rdd for rdd in blocks if rdd.id() == loop.commit.frames.id()]
+        (mine,) = [rdd for rdd in blocks if rdd.id() == commit]
         parts = mine.partitions().get()
         result["executors"] = [parts.apply(i).executors().size() for i in range(parts.size())]
         training.close()

@@ -18,6 +18,7 @@ import optree
 from keras_models import MODELS
 
 from tfspark import MaxIteration, TFDataset, TFOptimizer, init_nncontext
+from tfspark.train.triggers import Trigger
 
 
 @contextmanager
@@ -65,6 +66,23 @@ def optimizer(
     more = {"val_rdd": settings.pop("val_rdd")} if "val_rdd" in settings else {}
     settings = {"engine": "shuffle", "num_ranks": len(sizes), "progress": False, **settings}
     return model, TFOptimizer.from_keras(model, dataset(context, name, sizes, **more), **settings)
+
+
+class Sulky(Trigger):
+    """Never fires; raises once on an executor where the order `raise` is given."""
+
+    def __init__(self, driver: int):
+        self.driver = driver
+
+    def __call__(self, progress: Any) -> bool:
+        order = os.environ.get("TFSPARK_ORDER", "")
+        if os.getpid() != self.driver and os.path.exists(order):
+            with open(order) as file:
+                asked = file.read() == "raise"
+            if asked:
+                os.unlink(order)
+                raise RuntimeError("The user's function raises.")
+        return False
 
 
 def train(context: Any, steps: int, **settings: Any) -> str:

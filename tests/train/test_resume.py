@@ -31,6 +31,7 @@ from tfspark import (
 from tfspark.errors import CheckpointError, InvalidInputError
 from tfspark.train import manifest as manifest_module
 from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.failure_policy import FailurePolicy, Failures
 from tfspark.train.training import Training as Started
 
 ROWS, BATCH = 38, 8  # five steps an epoch, the last of six rows
@@ -177,7 +178,7 @@ def test_another_number_of_ranks(tmp_path, ranks):
     contents = []
     for training in (saved, other):
         recipe = training.optimizer._recipe
-        loop = Started(recipe, recipe.newest_checkpoint()).loop
+        loop = Started(recipe, recipe.newest_checkpoint(), Failures(FailurePolicy())).loop
         states = list(loop.engine.map_states(loop.commit, lambda run, state: state))
         layout, updates = loop.run.layout, loop.run.updates
         vectors = [

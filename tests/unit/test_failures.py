@@ -1,17 +1,29 @@
 """Errors through the text that Spark hands to the driver."""
 
+import errno
+import pickle
+from pathlib import Path
+
 import pytest
 from py4j.protocol import Py4JError
 
+import tfspark
 from tfspark.data.failures import (
     TaskFailure,
+    _located,
     decoded,
     driver_errors,
     encoded,
     reporting,
     user_rows,
 )
-from tfspark.errors import DataError, StoreLostError, TrainingError, UserFunctionError
+from tfspark.errors import (
+    DataError,
+    ResourceError,
+    StoreLostError,
+    TrainingError,
+    UserFunctionError,
+)
 
 
 def test_an_error_survives_as_text():
@@ -21,12 +33,17 @@ def test_an_error_survives_as_text():
     assert decoded("nothing of ours") is None
 
 
+def test_an_error_brings_the_log_along():
+    error = decoded(encoded(TrainingError("Rule.", rank=1), ["one", "two"]))
+    assert str(error) == "[rank 1] Rule.\nThe last lines of its executor's log:\n  | one\n  | two"
+
+
 def test_other_classes_are_not_made():
     import base64
     import json
 
     for name in ("annotations", "Any", "TFSparkErrors"):
-        content = json.dumps([name, "message", {}]).encode()
+        content = json.dumps([name, "message", {}, []]).encode()
         assert (
             type(decoded(f"tfspark-error:{base64.b64encode(content).decode()};")) is TrainingError
         )
@@ -41,15 +58,71 @@ def test_tasks_add_where_it_happened_once():
     assert error.where == {"rank": 2, "phase": "gradient", "host": "h"}
 
 
-def test_unknown_errors_keep_their_traceback():
+def reported(raising):
+    """The error that the driver gets for what a task raised."""
+    with pytest.raises(TaskFailure) as caught, reporting(rank=1):
+        raising()
+    return decoded(str(caught.value))
+
+
+def raised_by_tfspark(error):
+    """Raises an error as code of the package would."""
+    names = {"error": error}
+    exec(compile("def code():\n    raise error", tfspark.__file__, "exec"), names)
+    # Without the frames of this file, which counts as a user's.
+    try:
+        names["code"]()
+    except BaseException as caught:
+        return caught.with_traceback(caught.__traceback__.tb_next)
+
+
+def test_errors_of_the_users_code_are_the_users():
     def culprit():
         raise KeyError("gone")
 
-    with pytest.raises(TaskFailure) as caught, reporting(rank=1):
-        culprit()
-    error = decoded(str(caught.value))
-    assert type(error) is TrainingError and error.rank == 1
+    error = reported(culprit)
+    assert type(error) is UserFunctionError and error.rank == 1
     assert "in culprit" in error.message and "KeyError: 'gone'" in error.message
+
+
+def test_errors_of_an_operation_are_the_users():
+    class InvalidArgumentError(Exception):
+        __module__ = "tensorflow.python.framework.errors_impl"
+
+    error = _located(raised_by_tfspark(InvalidArgumentError("assertion failed")), {"rank": 1})
+    assert type(error) is UserFunctionError and "assertion failed" in error.message
+
+
+def test_unknown_errors_keep_their_traceback():
+    error = _located(raised_by_tfspark(KeyError("gone")), {"rank": 1})
+    assert type(error) is TrainingError and error.rank == 1
+    assert "in code" in error.message and "KeyError: 'gone'" in error.message
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow says that memory ran out."""
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError("8 GiB"),
+        ResourceExhaustedError("OOM when allocating tensor"),
+    ],
+)
+def test_a_host_without_room_is_no_fault_of_the_user(cause):
+    def of_the_user():
+        raise cause
+
+    error = reported(of_the_user)
+    assert type(error) is ResourceError and error.rank == 1
+    assert str(cause) in error.message and "in of_the_user" in error.message
+
+
+def test_another_error_of_the_system_is_none_of_room():
+    assert type(reported(Path("/nowhere/at/all").read_text)) is UserFunctionError
 
 
 def test_user_rows_name_partition_and_row():
@@ -70,6 +143,22 @@ def test_errors_of_the_driver_pass():
         _ = 1 / 0
 
 
+def test_a_driver_without_room():
+    def broadcast():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise pickle.PicklingError(f"Could not serialize broadcast: {error}")  # noqa: B904
+
+    told = pytest.raises(ResourceError, match=r"driver.*spark\.local\.dir.*No space left")
+    with told, driver_errors():
+        broadcast()
+    with pytest.raises(pickle.PicklingError), driver_errors():
+        raise pickle.PicklingError("a lambda")
+    with pytest.raises(FileNotFoundError), driver_errors():
+        Path("/nowhere/at/all").read_text()
+
+
 class JavaError(Py4JError):
     """What py4j raises when a job failed: a Java text."""
 
@@ -84,7 +173,9 @@ class JavaError(Py4JError):
             "memoryOverhead",
         ),
         ("Checkpoint block rdd_3_0 not found!", "model_dir"),
-        ("Job 7 cancelled because SparkContext was shut down", "Job 7 cancelled"),
+        ("Could not compute split, block rdd_3_0 of RDD 7 not found", "none of rdd_3_0.*model_dir"),
+        ("Job 7 cancelled because SparkContext was shut down", "one that was stopped"),
+        ("Job 7 cancelled because of something", "Job 7 cancelled"),
     ],
 )
 def test_a_failed_job_is_one_error_without_java(said, meant):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -23,10 +24,13 @@ from hypothesis import strategies as st
 
 from tfspark.errors import InvalidInputError, TrainingError
 from tfspark.sync.collectives import all_gather_small, barrier
+from tfspark.sync.control import TO_DRIVER, TO_RANK, registration
+from tfspark.sync.encryption import Identity
 from tfspark.sync.frames import Message
 from tfspark.sync.links import PeerLostError
-from tfspark.sync.member import Member, _hello
+from tfspark.sync.member import _CALLED, _CALLER, _HELLO, _MAGIC, Member
 from tfspark.sync.rendezvous import Rendezvous
+from tfspark.sync.secret import NONCE_BYTES, PROOF_BYTES, is_proof, nonce, proof
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = "söcret"
@@ -34,8 +38,10 @@ AT = {"phase": "gradient", "step": 7, "timeout_s": 30.0}
 
 
 @contextlib.contextmanager
-def driver(num_ranks, on_report=lambda rank, report: None):
-    with Rendezvous("127.0.0.1", num_ranks, token=TOKEN, on_report=on_report) as rendezvous:
+def driver(num_ranks, on_report=lambda rank, report: None, identity=None):
+    with Rendezvous(
+        "127.0.0.1", num_ranks, token=TOKEN, on_report=on_report, identity=identity
+    ) as rendezvous:
         yield rendezvous
 
 
@@ -49,6 +55,7 @@ def join(rendezvous, rank, num_ranks, *, attempt=0, timeout_s=10.0, ports=None, 
         bind_host=options.get("bind_host", "127.0.0.1"),
         ports=ports,
         timeout_s=timeout_s,
+        identity=options.get("identity"),
     )
 
 
@@ -79,22 +86,22 @@ class Raw:
     def __init__(self, rendezvous):
         self.socket = socket.create_connection(rendezvous.address, 5)
         self.lines = self.socket.makefile("rb")
+        self.challenge = bytes.fromhex(self.read()["challenge"])
 
     def send(self, data):
         self.socket.sendall(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
         return self
 
-    def register(self, rank, *, attempt=0, port=1, token=TOKEN, **more):
-        return self.send(
-            {
-                "token": token,
-                "attempt": attempt,
-                "rank": rank,
-                "host": "127.0.0.1",
-                "port": port,
-                **more,
-            }
-        )
+    def register(self, rank, **changes):
+        return self.send(self.registration(rank=rank, **changes))
+
+    def registration(self, *, token=TOKEN, own=None, **changes):
+        """What a rank says first, with changes to it."""
+        said = {"attempt": 0, "rank": 0, "host": "127.0.0.1", "port": 1, **changes}
+        self.nonces = self.challenge, nonce() if own is None else own
+        self.said = registration(*(said[name] for name in ("attempt", "rank", "host", "port")))
+        proven = proof(token, TO_DRIVER, *self.nonces, self.said).hex()
+        return {**said, "nonce": self.nonces[1].hex(), "proof": proven, **changes}
 
     def read(self):
         """The next message; None when the connection is closed."""
@@ -190,43 +197,163 @@ class TestMeeting:
                 pass
             address = tuple(answer["peers"][0])
             with contextlib.ExitStack() as stack:
-                strangers = [
-                    stack.enter_context(socket.create_connection(address, 5)) for _ in range(4)
-                ]
-                strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: here, with more than enough\r\n\r\n")
-                strangers[1].sendall(b"TFH1\0")
-                strangers[2].sendall(_hello("other token", 0, 1, 0))
-                for wrong in (strangers[0], strangers[2]):
-                    with contextlib.suppress(ConnectionResetError):
-                        assert wrong.recv(1) == b""
+                strangers = [stack.enter_context(Caller(address)) for _ in range(6)]
+                strangers[0].socket.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n" + bytes(100))
+                strangers[1].socket.sendall(_MAGIC)
+                strangers[2].call(1, 0, token="other token")
+                strangers[3].call(1, 0, attempt=1)
+                strangers[4].call(2, 0)
+                # What another connection has said, word by word.
+                heard = Caller(address)
+                said = heard.hello(1, 0)
+                heard.close()
+                strangers[5].socket.sendall(said)
+                for wrong in (strangers[0], *strangers[2:]):
+                    assert wrong.read(1) == b""
                 assert not waiting.done()
-                with socket.create_connection(address, 5) as right:
-                    right.sendall(_hello(TOKEN, 0, 1, 0) + b"more")
+                with Caller(address) as right:
+                    right.call(1, 0, and_then=b"more")
+                    answer = right.read(PROOF_BYTES)
+                    assert is_proof(answer, TOKEN, _CALLED, *right.said)
                     with waiting.result(timeout=5) as member:
                         assert member.links.peers == (1,)
                         with pytest.raises(TrainingError, match="starts with"):
                             # What followed the hello is the first exchange's.
-                            right.sendall(bytes(100))
+                            right.socket.sendall(bytes(100))
                             barrier(member.links, **AT)
 
+    def test_a_program_that_answers_in_a_ranks_place_is_refused(self):
+        with (
+            driver(2) as rendezvous,
+            Raw(rendezvous) as other,
+            ThreadPoolExecutor(1) as pool,
+            socket.create_server(("127.0.0.1", 0)) as impostor,
+        ):
+            other.register(0, port=impostor.getsockname()[1])
+            waiting = pool.submit(join, rendezvous, 1, 2)
+            caller, _ = impostor.accept()
+            with caller:
+                caller.sendall(nonce())
+                hello = caller.recv(1000)
+                assert TOKEN.encode() not in hello
+                caller.sendall(bytes(PROOF_BYTES))
+                with pytest.raises(PeerLostError, match="another program answers for rank 0") as e:
+                    waiting.result(timeout=5)
+            assert e.value.where == {"rank": 1, "phase": "rendezvous", "peer": 0}
 
-GOOD = {"token": TOKEN, "attempt": 0, "rank": 0, "host": "h", "port": 5}
+    @pytest.mark.parametrize(
+        "says",
+        [
+            b"HTTP/1.1 400 Bad Request\r\n\r\n",
+            b'{"challenge": "zz"}\n',
+            b'{"challenge": 3}\n',
+            b'{"challenge": "%s"}\n{"proof": "%s"}\n' % (b"00" * 32, b"00" * 32),
+            b'{"challenge": "%s"}\n{"peers": []}\n' % (b"00" * 32),
+        ],
+    )
+    def test_a_program_that_answers_in_the_drivers_place_is_refused(self, says):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as impostor,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            waiting = pool.submit(
+                Member.join,
+                *(impostor.getsockname(), TOKEN, 0, 0, 2),
+                bind_host="127.0.0.1",
+                timeout_s=5,
+            )
+            caller, _ = impostor.accept()
+            with caller:
+                caller.sendall(says)
+                with pytest.raises(TrainingError, match=r"driver (proves|sends)") as caught:
+                    waiting.result(timeout=5)
+                assert caught.value.where["rank"] == 0
+                assert TOKEN.encode() not in caller.recv(10_000)
+
+    def test_who_is_silent_in_the_drivers_place_is_waited_for_in_vain(self):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as silent,
+            pytest.raises(TrainingError, match="no challenge in time"),
+        ):
+            Member.join(silent.getsockname(), TOKEN, 0, 0, 2, bind_host="127.0.0.1", timeout_s=0.2)
+
+
+class Caller:
+    """A connection to a rank that says what it likes."""
+
+    def __init__(self, address):
+        self.socket = socket.create_connection(address, 5)
+        self.challenge = self.read(NONCE_BYTES)
+
+    def hello(self, rank, peer, *, token=TOKEN, attempt=0):
+        content, own = _HELLO.pack(_MAGIC, attempt, rank, peer), nonce()
+        self.said = self.challenge, own, content
+        return content + own + proof(token, _CALLER, *self.said)
+
+    def call(self, rank, peer, and_then=b"", **options):
+        self.socket.sendall(self.hello(rank, peer, **options) + and_then)
+
+    def read(self, count):
+        """So many bytes, or fewer where it was closed."""
+        data = b""
+        with contextlib.suppress(ConnectionResetError):
+            while len(data) < count and (part := self.socket.recv(count - len(data))):
+                data += part
+        return data
+
+    def close(self):
+        self.socket.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
 class TestStrangersAtTheDriver:
     @pytest.mark.parametrize(
+        "changes",
+        [
+            {"token": "wrong"},
+            {"rank": 2},
+            {"rank": -1},
+            {"rank": "0"},
+            {"attempt": -1},
+            {"port": 0},
+            {"port": 1 << 16},
+            {"host": 3},
+            {"nonce": "zz"},
+            {"nonce": nonce().hex()},
+            {"nonce": None},
+            {"own": b"short"},
+            {"proof": ""},
+            {"proof": "xyz"},
+            {"proof": 3},
+            {"proof": "00" * 32},
+        ],
+        ids=lambda changes: str(changes)[:40],
+    )
+    def test_wrong_registrations_change_nothing(self, changes):
+        with driver(2) as rendezvous, Raw(rendezvous) as stranger:
+            stranger.send(stranger.registration(**changes))
+            assert stranger.read() is None
+            assert rendezvous.failures == []
+            assert on_all(2, lambda rank: _meet(rendezvous, rank)) == [2, 2]
+
+    def test_what_another_connection_has_said_is_of_no_use(self):
+        with driver(2) as rendezvous, Raw(rendezvous) as heard, Raw(rendezvous) as stranger:
+            said = heard.registration(rank=1)
+            assert TOKEN not in str(said)
+            stranger.send(said)
+            assert stranger.read() is None
+            heard.send(said)
+            answer = bytes.fromhex(heard.read()["proof"])
+            assert is_proof(answer, TOKEN, TO_RANK, *heard.nonces, heard.said)
+
+    @pytest.mark.parametrize(
         "line",
         [
-            {**GOOD, "token": "wrong"},
-            {**GOOD, "token": "\ud800"},
-            {**GOOD, "token": None},
-            {**GOOD, "rank": 2},
-            {**GOOD, "rank": -1},
-            {**GOOD, "rank": "0"},
-            {**GOOD, "attempt": -1},
-            {**GOOD, "port": 0},
-            {**GOOD, "port": 1 << 16},
-            {**GOOD, "host": 3},
             {"report": {}},
             {"failed": "all"},
             [],
@@ -259,11 +386,78 @@ class TestStrangersAtTheDriver:
             assert _meet(rendezvous, 0, 1) == 1
 
 
-def _meet(rendezvous, rank, num_ranks=2):
-    with join(rendezvous, rank, num_ranks) as member:
+def _meet(rendezvous, rank, num_ranks=2, **options):
+    with join(rendezvous, rank, num_ranks, **options) as member:
         barrier(member.links, **AT)
         member.done()
         return member.links.size
+
+
+class TestEncryption:
+    def test_a_round_is_encrypted(self):
+        """With messages larger than the buffers of sockets, in both directions at once."""
+        identity = Identity.make()
+
+        def run(rank):
+            array = np.full(3_000_000, rank, np.float32)
+            with join(rendezvous, rank, 3, identity=identity) as member:
+                assert all(peer.version() == "TLSv1.3" for peer in member.links._sockets.values())
+                assert member.control.version() == "TLSv1.3"
+                messages = {
+                    peer: Message("x", rank, {"to": peer}, {"x": array[: 1 + peer * 1_000_000]})
+                    for peer in member.links.peers
+                }
+                for step in range(3):
+                    received = member.links.exchange(messages, **{**AT, "step": step})
+                    for peer, message in received.items():
+                        assert message.meta == {"to": rank}
+                        assert message.arrays["x"].shape == (1 + rank * 1_000_000,)
+                        assert (message.arrays["x"] == peer).all()
+                member.report({"rank": rank})
+                member.done()
+
+        reports = []
+        with driver(3, lambda *report: reports.append(report), identity) as rendezvous:
+            on_all(3, run)
+            eventually(lambda: len(reports) == 3)
+            assert rendezvous.failures == []
+
+    def test_others_are_not_listened_to(self):
+        """Nobody without the certificate: neither in the clear, nor with one of his own."""
+        identity = Identity.make()
+        with driver(2, identity=identity) as rendezvous:
+            stranger = socket.create_connection(rendezvous.address, 5)
+            with stranger, contextlib.suppress(ConnectionResetError):
+                stranger.sendall(b'{"rank": 0}\n' * 10)
+                assert b"challenge" not in stranger.recv(1000)
+            for other in (None, Identity.make()):
+                error = error_of(join, rendezvous, 0, 2, identity=other, timeout_s=1)
+                assert isinstance(error, TrainingError)
+            assert rendezvous.failures == []
+            met = on_all(2, lambda rank: _meet(rendezvous, rank, identity=identity))
+            assert met == [2, 2]
+
+    def test_a_driver_without_the_certificate_is_refused(self):
+        with driver(1) as rendezvous:
+            error = error_of(join, rendezvous, 0, 1, identity=Identity.make(), timeout_s=1)
+            assert error.rank == 0
+
+    def test_an_abort_arrives(self):
+        identity = Identity.make()
+        with driver(2, identity=identity) as rendezvous, ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(join, rendezvous, 1, 2, identity=identity)
+            eventually(lambda: rendezvous._members)
+            rendezvous.abort("Interrupted.")
+            with pytest.raises(TrainingError, match="driver ended the round: Interrupted"):
+                waiting.result(timeout=3)
+
+    def test_a_key_is_not_shown_and_pickles(self):
+        identity = Identity.make()
+        assert "PRIVATE KEY" in identity.key and "PRIVATE" not in repr(identity)
+        ours, theirs = socket.socketpair()
+        identity.secured(ours, server_side=True).close()
+        theirs.close()
+        assert pickle.loads(pickle.dumps(identity)) == identity
 
 
 class TestTheEnd:
@@ -377,7 +571,7 @@ class TestTheEnd:
     def test_a_member_that_sends_nonsense_has_failed(self):
         with driver(1) as rendezvous, Raw(rendezvous) as member:
             member.register(0)
-            assert "peers" in member.read()
+            assert "proof" in member.read() and "peers" in member.read()
             member.send({"what": 1})
             assert member.read() is None
             eventually(lambda: rendezvous.failures)

@@ -8,10 +8,13 @@ contain anything that a row contains.
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import pickle
 import re
+import sysconfig
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,11 +23,33 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 
 import tfspark.errors
-from tfspark.errors import TFSparkError, TrainingError, UserFunctionError, WorkerLostError
+from tfspark.data.executor_log import last_lines
+from tfspark.errors import (
+    CommitLostError,
+    ResourceError,
+    SparkJobError,
+    TFSparkError,
+    TrainingError,
+    UserFunctionError,
+    WorkerLostError,
+)
 
 _MARK = "tfspark-error:"
 _ENCODED = re.compile(_MARK + r"([A-Za-z0-9+/=]+);")
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
+_STANDARD = (sysconfig.get_path("stdlib"), "<frozen")
+
+# What passes on another host, or when somebody has cleared up.
+_EXHAUSTED = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,  # no more threads or processes
+}
 
 
 class TaskFailure(RuntimeError):
@@ -47,7 +72,7 @@ def reporting(**where: Any) -> Iterator[None]:
         raise
     # The border of the process: whatever is not carried over here reaches the driver as Java text.
     except Exception as error:
-        raise TaskFailure(encoded(_located(error, where))) from error
+        raise TaskFailure(encoded(_located(error, where), last_lines())) from error
 
 
 @contextmanager
@@ -62,6 +87,14 @@ def driver_errors() -> Iterator[None]:
         yield
     except (Py4JError, PySparkException) as error:
         raise_from_spark(error)
+    except (OSError, MemoryError, pickle.PicklingError) as error:
+        # PySpark makes the second of the first, when it cannot write a broadcast.
+        if not any(each and _is_exhausted(each) for each in (error, error.__context__)):
+            raise
+        raise ResourceError(
+            "The driver must have room for what training needs: disk (spark.local.dir), memory, "
+            f"open files. Received: {type(error).__name__}: {error}."
+        ) from error
 
 
 def raise_from_spark(error: Exception) -> NoReturn:
@@ -85,6 +118,11 @@ def raise_from_spark(error: Exception) -> NoReturn:
         raise UserFunctionError(
             f"A function that Spark runs to compute the rows raised an error.\n{own}"
         ) from None
+    if "SparkContext was shut down" in text:
+        raise TrainingError(
+            "Training needs its SparkContext until it has ended. Received: one that was stopped. "
+            "Train again in a new one; with model_dir=… that goes on from the newest checkpoint."
+        ) from None
     if "SparkException" in text:
         raise _cluster_failure(text) from error
     raise error
@@ -106,36 +144,43 @@ def _cluster_failure(text: str) -> TrainingError:
             "has used up its attempts. Look into its log; most often memory ran out "
             "(spark.executor.memoryOverhead), or the machine was taken away."
         )
-    lost = re.search(r"Checkpoint block (\w+) not found", text)
+    lost = re.search(r"(?:Checkpoint|Could not compute split,) block (\w+) (?:of|not)", text)
     if lost:
-        return TrainingError(
+        return CommitLostError(
             f"A commit needs one of its copies. Received: none of {lost[1]}, they were lost with "
             "the executors that held them. Train with model_dir=…, and the next optimize() after "
             "close() goes on from the newest checkpoint there."
         )
     said = text[text.find("SparkException") :].split("\n\tat ")[0]
-    return TrainingError(f"Spark could not finish a job. Received: {said.strip()}")
+    return SparkJobError(f"Spark could not finish a job. Received: {said.strip()}")
 
 
-def encoded(error: TFSparkError) -> str:
-    """A text that holds an error."""
+def encoded(error: TFSparkError, log: Sequence[str] = ()) -> str:
+    """A text that holds an error.
+
+    Args:
+        error: to hold.
+        log: the last lines of the log where it was raised.
+    """
     where = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value)
         for name, value in error.where.items()
     }
-    content = json.dumps([type(error).__name__, error.message, where])
+    content = json.dumps([type(error).__name__, error.message, where, list(log)])
     return f"{error}\n{_MARK}{base64.b64encode(content.encode()).decode()};"
 
 
 def decoded(text: str) -> TFSparkError | None:
-    """The error that a text holds, or None."""
+    """The error that a text holds, with the log in its message; None where it holds none."""
     found = _ENCODED.search(text)
     if found is None:
         return None
-    name, message, where = json.loads(base64.b64decode(found.group(1)))
+    name, message, where, log = json.loads(base64.b64decode(found.group(1)))
     kind = getattr(tfspark.errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, TFSparkError)):
         kind = TrainingError
+    if log:
+        message += "\nThe last lines of its executor's log:\n" + "\n".join(f"  | {x}" for x in log)
     return kind(message, **where)
 
 
@@ -184,4 +229,34 @@ def _is_ours(filename: str) -> bool:
 def _located(error: Exception, where: dict[str, Any]) -> TFSparkError:
     if isinstance(error, TFSparkError):
         return type(error)(error.message, **{**where, **error.where})
-    return TrainingError(f"A task raised an error.\n{user_traceback(error)}", **where)
+    own = user_traceback(error)
+    if _is_exhausted(error):
+        return ResourceError(
+            "A host must have room for what training needs: disk, memory, open files. Received:\n"
+            f"{own}",
+            **where,
+        )
+    if _is_of_the_user(error):
+        return UserFunctionError(
+            f"A function of the user raised an error. Received:\n{own}", **where
+        )
+    return TrainingError(f"A task raised an error.\n{own}", **where)
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    """Whether a host lacks something that it may have again later, or another host has."""
+    if isinstance(error, OSError):
+        return error.errno in _EXHAUSTED
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+
+
+def _is_of_the_user(error: BaseException) -> bool:
+    """Whether the user's code raised an error, or an operation of the user's graph."""
+    if type(error).__module__.startswith("tensorflow."):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(not _is_library(frame.filename) for frame in frames)
+
+
+def _is_library(filename: str) -> bool:
+    return _is_ours(filename) or "site-packages" in filename or filename.startswith(_STANDARD)

@@ -19,6 +19,10 @@ PROMPT_S = 10.0
 """How long a new connection may take to say who it is, and a control message to be sent."""
 
 
+# Who proves to whom that he knows the secret of the round.
+TO_DRIVER, TO_RANK = "rank to driver", "driver to rank"
+
+
 class NoMessageError(ValueError):
     """A peer sent what is no message of this protocol."""
 
@@ -84,10 +88,9 @@ def encoded_line(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def utf8(text: str) -> bytes:
-    """The bytes of any text, to compare or to sign."""
-    # JSON can spell half of a surrogate pair, which UTF-8 refuses.
-    return text.encode("utf-8", "surrogatepass")
+def registration(attempt: int, rank: int, host: str, port: int) -> bytes:
+    """What a rank says of itself when it joins, as its proof covers it."""
+    return json.dumps([attempt, rank, host, port]).encode()
 
 
 def named(ranks: Sequence[int]) -> str:

@@ -246,6 +246,18 @@ class RoundResult:
     fixed_s: float = 0.0
 
 
+class SlotsChanged(Exception):
+    """Training should go on with another number of ranks; no error, and for no user to see.
+
+    Attributes:
+        num_ranks: that there are slots for.
+    """
+
+    def __init__(self, num_ranks: int):
+        super().__init__(num_ranks)
+        self.num_ranks = num_ranks
+
+
 class Engine(ABC):
     """How shards travel. See the module's docstring for who calls what."""
 

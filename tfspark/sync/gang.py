@@ -12,29 +12,30 @@ of their steps, and tells all if one has failed. A round that failed leaves noth
 former commit is still there, and the caller may start the same round again. A round that the user
 interrupts ends in a commit after the step it is at, if that takes no longer than a few seconds.
 
-Settings of Spark that an application may have:
+Where executors were lost and do not come back, there are fewer slots than ranks. Then rounds run in
+stages, as of the engine `shuffle`: the same ranks, whose number is part of the mathematics, take
+turns. Every round looks whether the gang can come back.
 
-* `spark.tfspark.ports`, such as `40000-40100`: where ranks and the rendezvous listen.
-* `spark.driver.bindAddress`: where the rendezvous listens, if not at `spark.driver.host`.
+What the settings of an application say of where ranks meet is in `meeting.py`.
 """
 
 from __future__ import annotations
 
-import secrets
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from pyspark import BarrierTaskContext, Broadcast, SparkContext, StorageLevel
+from pyspark import Broadcast, SparkContext, StorageLevel
 from pyspark.rdd import RDD
 
 from tfspark.data.failures import TaskFailure, decoded, reporting
 from tfspark.errors import (
-    InvalidInputError,
     PeerLostError,
+    SparkJobError,
     StoreLostError,
     TFSparkError,
     TrainingError,
@@ -44,23 +45,25 @@ from tfspark.sync import wire
 from tfspark.sync.carriers import Carrier, state_of, through_spark
 from tfspark.sync.control import MAX_LINE_BYTES
 from tfspark.sync.early_rank import EarlyRank
-from tfspark.sync.engine import RoundPlan, RoundResult, Run, StepRecord
+from tfspark.sync.engine import RoundPlan, RoundResult, Run, SlotsChanged, StepRecord
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.interrupts import run_interruptibly
 from tfspark.sync.local_steps import LocalRank, patience_with
+from tfspark.sync.meeting import Invitation, MeetingPlace
 from tfspark.sync.member import Member
 from tfspark.sync.messages import state_to_message
-from tfspark.sync.rendezvous import Rendezvous
+from tfspark.sync.shuffle import ShuffleEngine
 from tfspark.sync.spark_engine import (
+    WAIT_FOR_SLOTS_S,
     Carriers,
     Commit,
-    Select,
-    SparkEngine,
     handle_frames,
     news_of,
 )
 from tfspark.sync.tasks import handle_first, memory_kept, program_of, reader_of
 from tfspark.sync.tolerant_rank import TolerantRank
+
+logger = logging.getLogger("tfspark")
 
 _MEETING_S = 300.0
 """How long ranks wait for each other: Python workers start and programs are loaded in that time."""
@@ -71,22 +74,31 @@ _TELL_S = 0.2
 _GRACE_S, _MOST_GRACE_S = 2.0, 15.0
 """How long ranks may take to end a round in a commit after Ctrl-C, beside two steps; at most."""
 
-PORTS = "spark.tfspark.ports"
+_MOST_ECHO = 200  # characters of an error that another one caused
 
 
-class GangEngine(SparkEngine):
-    """Trains in barrier stages; see the module's docstring."""
+class GangEngine(ShuffleEngine):
+    """Trains in barrier stages, and without a slot for every rank in those of its base class.
+
+    See the module's docstring.
+    """
 
     name = "gang"
     most_steps = None
 
-    def __init__(self, context: SparkContext, handles: RDD, carriers: Carriers = through_spark):
-        super().__init__(context, handles, carriers)
-        settings = context.getConf()
-        self._host = str(settings.get("spark.driver.host"))
-        self._bind_host = str(settings.get("spark.driver.bindAddress", self._host))
-        self._ports = port_range(settings.get(PORTS))
+    def __init__(
+        self,
+        context: SparkContext,
+        handles: RDD,
+        carriers: Carriers = through_spark,
+        wait_for_slots_s: float = WAIT_FOR_SLOTS_S,
+        takes_turns: bool = True,
+    ):
+        super().__init__(context, handles, carriers, wait_for_slots_s)
+        self._takes_turns = takes_turns
+        self._place = MeetingPlace.of(context)
         self._longest_alone_s: float | None = None  # between two exchanges
+        self._stage_handles: RDD | None = None  # while rounds run in stages
 
     def _round_handles(self, run: Run) -> RDD:
         frames = handle_frames(self._source, copies=1)
@@ -99,8 +111,11 @@ class GangEngine(SparkEngine):
     def round(
         self, commit: Commit, plan: RoundPlan, tell: Callable[[StepRecord], None] | None = None
     ) -> RoundResult:
-        started = time.perf_counter()
         assert self._run is not None and self._handles is not None, "start() comes first"
+        there = self._slots_there()
+        if there < self._run.value.num_ranks:
+            return self._round_in_stages(commit, plan, there)
+        started = time.perf_counter()
         self._release_all_but(commit)
         told: dict[int, str] = {}
 
@@ -110,23 +125,14 @@ class GangEngine(SparkEngine):
             elif tell is not None:
                 tell(StepRecord(**report["record"]))
 
-        token = secrets.token_hex(32)
         run = self._run.value
-        with Rendezvous(
-            self._host,
-            run.num_ranks,
-            token=token,
-            on_report=hear,
-            bind_host=self._bind_host,
-            ports=self._ports,
-        ) as meeting:
+        meeting, invitation = self._place.open(run.num_ranks, hear)
+        with meeting:
             task = partial(
                 _Round,
                 self._run,
                 plan,
-                meeting.address,
-                token,
-                self._ports,
+                invitation(),
                 patience_with(run.average_every, self._longest_alone_s),
                 self._news,
             )
@@ -134,7 +140,7 @@ class GangEngine(SparkEngine):
             try:
                 result, outcome = run_interruptibly(
                     lambda: self._committed(
-                        lambda keep: wire.frames(pairs, task(keep), barrier=True)
+                        lambda keep: wire.frames(pairs, task(keep), barrier=True), run.num_ranks
                     ),
                     on_interrupt=meeting.interrupt,
                     cancel=self._cancel,
@@ -151,14 +157,59 @@ class GangEngine(SparkEngine):
             result, outcome.records, outcome.halt, seconds, fixed_s=max(0.0, seconds - in_steps)
         )
 
-    def _one_by_one(self, commit: Commit, select: Select) -> Iterator[bytes]:
-        # Spark computes all partitions of a barrier stage or none, so one job for each rank.
+    def close(self) -> None:
+        self._release_stages()
+        super().close()
+
+    def rebuild(self) -> None:
+        self._release_stages()
+        super().rebuild()
+
+    def _slots_there(self) -> int:
+        """How many slots there are; where executors were lost, waits for others first."""
         assert self._run is not None
-        for rank in range(self._run.value.num_ranks):
-            selected = wire.frames(commit.frames, _OfRank(rank, select))
-            with self._job():
-                (frame,) = selected.collect()
-            yield frame
+        needed, in_stages = self._run.value.num_ranks, self._stage_handles is not None
+        # While rounds run in stages nobody waits any more: each looks once.
+        there = self._await_slots(needed, 0.0 if in_stages else self._wait_for_slots_s)
+        if there >= needed and in_stages:
+            logger.warning("Rounds run as a gang again: there are %d task slots.", there)
+            self._release_stages()
+        return there
+
+    def _round_in_stages(self, commit: Commit, plan: RoundPlan, there: int) -> RoundResult:
+        """A round with fewer slots than ranks: the same ranks, one after the other, as many bits.
+
+        What is lost is speed: every step is two stages, and executors take turns.
+        """
+        assert self._run is not None
+        run = self._run.value
+        if not self._takes_turns and there:
+            raise SlotsChanged(there)
+        if run.average_every > 1 or run.leave_out is not None:
+            needs = f"average_every={run.average_every}, leave_out={run.leave_out}"
+            raise SparkJobError(
+                f"With {needs} all ranks run at the same time. Received: fewer task slots than the "
+                f"{run.num_ranks} ranks for {self._wait_for_slots_s:g} s. Give the application "
+                "executors for those that it lost, or let it wait longer "
+                "(FailurePolicy(wait_for_slots_s=…))."
+            )
+        if self._stage_handles is None:
+            logger.warning(
+                "Rounds run in stages, as of the engine 'shuffle', because there are fewer task "
+                "slots than the %d ranks of the gang. They give the same bits; with enough slots "
+                "the gang comes back.",
+                run.num_ranks,
+            )
+            self._stage_handles = self._handles_for_stages(run)
+            self._compute(self._stage_handles)
+        most = ShuffleEngine.most_steps
+        fewer = replace(plan, learning_rates=plan.learning_rates[:most])
+        return self._in_stages(self._stage_handles, commit, fewer)
+
+    def _release_stages(self) -> None:
+        if self._stage_handles is not None:
+            wire.release(self._stage_handles)
+            self._stage_handles = None
 
     def _cause(
         self, error: TFSparkError, failures: list[tuple[int, str]], told: dict[int, str]
@@ -177,14 +228,14 @@ class GangEngine(SparkEngine):
         echo = said is None or isinstance(said, PeerLostError)
         if isinstance(error, WorkerLostError) and echo:
             return error  # Spark saw the process die, its peers only a connection
-        if said is not None:
-            return said
-        return PeerLostError(
-            f"All ranks must live until a round has ended. Received: rank {rank} vanished ({text})."
-            " Most often memory ran out, or the machine was lost.",
-            rank=rank,
-            phase="round",
-        )
+        if said is None:
+            said = PeerLostError(
+                "All ranks must live until a round has ended. Received: rank "
+                f"{rank} vanished ({text}). Most often memory ran out, or the machine was lost.",
+                rank=rank,
+                phase="round",
+            )
+        return _with_others(said, failures[1:])
 
 
 @dataclass(frozen=True)
@@ -193,9 +244,7 @@ class _Round:
 
     run: Broadcast
     plan: RoundPlan
-    address: tuple[str, int]
-    token: str
-    ports: range | None
+    invitation: Invitation
     patience: Patience
     news: Any  # Accumulator of {rank: (finished steps, halt, records)}
     keep: Carrier
@@ -225,18 +274,7 @@ class _Round:
     @contextmanager
     def _member(self, rank: int, num_ranks: int) -> Iterator[Member]:
         """Membership of the gang; says how it ended."""
-        context = BarrierTaskContext.get()
-        host = context.getTaskInfos()[rank].address.rpartition(":")[0]
-        with Member.join(
-            self.address,
-            self.token,
-            rank,
-            0,
-            num_ranks,
-            bind_host=host,
-            ports=self.ports,
-            timeout_s=_MEETING_S,
-        ) as member:
+        with self.invitation.join(rank, num_ranks, _MEETING_S) as member:
             try:
                 with reporting(rank=rank, phase="round"):
                     yield member
@@ -250,17 +288,13 @@ class _Round:
             member.done()
 
 
-@dataclass(frozen=True)
-class _OfRank:
-    """Selects from the state of one rank; yields nothing for the others."""
-
-    rank: int
-    select: Select
-
-    def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[bytes]:
-        for frame in frames:
-            if rank == self.rank:
-                yield from self.select(rank, [frame])
+def _with_others(cause: TFSparkError, failures: list[tuple[int, str]]) -> TFSparkError:
+    """The cause, and in a line each what other ranks said after it, which mostly is an echo."""
+    lines = [f"  rank {rank}: {' '.join(text.split())[:_MOST_ECHO]}" for rank, text in failures]
+    if not lines:
+        return cause
+    message = "\n".join([cause.message, "After it there failed, too:", *lines])
+    return type(cause)(message, **cause.where)
 
 
 def rank_class(run: Run) -> type[GangRank]:
@@ -288,24 +322,3 @@ class _Teller:
     def interrupted(self) -> bool:
         self._member.check()  # a rank without peers waits in no exchange that would notice
         return self._member.is_interrupted
-
-
-def port_range(setting: str | None) -> range | None:
-    """The ports of a setting such as "40000-40100" or "40000"; None lets the system choose.
-
-    Raises:
-        InvalidInputError: it is no range of ports.
-    """
-    if setting is None:
-        return None
-    first, _, last = setting.partition("-")
-    try:
-        ports = range(int(first), int(last or first) + 1)
-    except ValueError:
-        ports = range(0)
-    if not ports or not (ports[0] > 0 and ports[-1] < 2**16):
-        raise InvalidInputError(
-            f"{PORTS} is a port or a range such as '40000-40100', with one port for the driver and "
-            f"one for every rank of a host. Received: {setting!r}."
-        )
-    return ports

@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hmac
 import os
+import re
 import selectors
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from tfspark.errors import InvalidInputError, PeerLostError, TrainingError
 from tfspark.sync.control import (
     MAX_LINE_BYTES,
     MAX_TEXT,
     PROMPT_S,
+    TO_DRIVER,
+    TO_RANK,
     Lines,
     NoMessageError,
     encoded_line,
     listen,
     named,
-    utf8,
+    registration,
     watch,
 )
+from tfspark.sync.encryption import Identity, WantsReadError
 from tfspark.sync.links import Links, located
+from tfspark.sync.secret import NONCE_BYTES, PROOF_BYTES, is_proof, nonce, proof
 
 # Of a message of the driver: it lists all ranks.
 _MAX_ANSWER_BYTES = 1 << 24
 _WILDCARDS = ("0.0.0.0", "::")
-# Magic, attempt, who connects, to whom; and that keyed with the token, which itself is not sent.
+_HEXADECIMAL = re.compile(r"(?:[0-9a-f]{2})+")
+# Magic, attempt, who connects, to whom; then a nonce and the proof.
 _HELLO = struct.Struct("<4sIII")
-_HELLO_BYTES = _HELLO.size + 32
+_MAGIC = b"TFH2"
+_HELLO_BYTES = _HELLO.size + NONCE_BYTES + PROOF_BYTES
+_CALLER, _CALLED = "caller to rank", "rank to caller"
+
+# Yields the event of its socket that it waits for.
+_Conversation: TypeAlias = Generator[int, None, None]
 
 
 class Member:
@@ -54,6 +65,7 @@ class Member:
         self.rank = rank
         self.control = control
         self._lines = Lines(_MAX_ANSWER_BYTES)
+        self._waiting: list[dict[str, Any]] = []  # received, not yet looked at
         self._dismissed = False
         self.is_interrupted = False
 
@@ -69,6 +81,7 @@ class Member:
         bind_host: str,
         ports: range | None = None,
         timeout_s: float,
+        identity: Identity | None = None,
     ) -> Member:
         """Meets all other ranks of the attempt and connects to them.
 
@@ -80,6 +93,7 @@ class Member:
                 the others are given the address that this host reaches the driver from.
             ports: the first free one is listened at; None lets the system choose.
             timeout_s: for all of it.
+            identity: of the run, where connections are encrypted.
 
         Raises:
             TrainingError: no free port, no driver, ranks that have not come, or the round ended.
@@ -100,9 +114,13 @@ class Member:
                         **where,
                     ) from error
                 watch(control)
+                control.setblocking(False)
+                if identity is not None:
+                    control = identity.secured(control, server_side=False)
                 member = cls(rank, undo.enter_context(control))
+                secrets = _Secrets(token, attempt, identity)
                 try:
-                    sockets = member._meet(listener, token, attempt, timeout_s, deadline)
+                    sockets = member._meet(listener, secrets, timeout_s, deadline)
                 except TrainingError as error:
                     error = located(error, where)
                     member.failed(str(error))  # or the driver would only see it leave
@@ -152,25 +170,69 @@ class Member:
     def _meet(
         self,
         listener: socket.socket,
-        token: str,
-        attempt: int,
+        secrets: _Secrets,
         timeout_s: float,
         deadline: float,
     ) -> dict[int, socket.socket]:
         host, port = listener.getsockname()[:2]
         host = self.control.getsockname()[0] if host in _WILDCARDS else host
-        self._send(
-            {"token": token, "attempt": attempt, "rank": self.rank, "host": host, "port": port}
-        )
+        self._register(secrets, host, port, deadline)
         peers = self._wait_for_peers(timeout_s, deadline)
-        return _Mesh(self, token, attempt, peers, listener).connect(timeout_s, deadline)
+        return _Mesh(self, secrets, peers, listener).connect(timeout_s, deadline)
+
+    def _register(self, secrets: _Secrets, host: str, port: int, deadline: float) -> None:
+        """Says who this is; both sides prove that they know the token."""
+        given = bytes.fromhex(self._next(deadline, "challenge"))
+        token, attempt = secrets.token, secrets.attempt
+        own, said = nonce(), registration(attempt, self.rank, host, port)
+        self._send(
+            {
+                "attempt": attempt,
+                "rank": self.rank,
+                "host": host,
+                "port": port,
+                "nonce": own.hex(),
+                "proof": proof(token, TO_DRIVER, given, own, said).hex(),
+            }
+        )
+        answer = bytes.fromhex(self._next(deadline, "proof"))
+        if not is_proof(answer, token, TO_RANK, given, own, said):
+            raise self._no_driver("a wrong proof")
+
+    def _next(self, deadline: float, name: str) -> str:
+        """What the driver's next message says under a name, in hexadecimal digits."""
+        with selectors.PollSelector() as selector:
+            selector.register(self.control, selectors.EVENT_READ)
+            # It reads before it waits: an encrypted connection begins with that.
+            self._waiting += self._receive()
+            while not self._waiting:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._no_driver(f"no {name} in time")
+                selector.select(left)
+                self._waiting += self._receive()
+        message = self._waiting.pop(0)
+        digits = message.get(name)
+        if not isinstance(digits, str) or not _HEXADECIMAL.fullmatch(digits):
+            raise self._no_driver(str(message)[:200])
+        return digits
+
+    def _no_driver(self, received: str) -> TrainingError:
+        return TrainingError(
+            "The driver proves that it knows the secret of the round, which Spark brings to the "
+            f"ranks. Received: {received}. Another program listens at its address, or another "
+            "version of tfspark.",
+            rank=self.rank,
+            phase="rendezvous",
+        )
 
     def _wait_for_peers(self, timeout_s: float, deadline: float) -> list[tuple[str, int]]:
         missing = "any other rank"
         with selectors.PollSelector() as selector:
             selector.register(self.control, selectors.EVENT_READ)
             while True:
-                for message in self._receive():
+                messages, self._waiting = self._waiting + self._receive(), []
+                for message in messages:
                     if "peers" in message:
                         return [(host, port) for host, port in message["peers"]]
                     missing = message.get("missing", missing)
@@ -236,20 +298,28 @@ class Member:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Secrets:
+    """What only ranks of one attempt know."""
+
+    token: str = field(repr=False)
+    attempt: int
+    identity: Identity | None
+
+
 class _Mesh:
     """Connects one rank to all others: it calls the lower ones and is called by the higher ones."""
 
     def __init__(
         self,
         member: Member,
-        token: str,
-        attempt: int,
+        secrets: _Secrets,
         peers: Sequence[tuple[str, int]],
         listener: socket.socket,
     ):
         self._member = member
-        self._token = token
-        self._attempt = attempt
+        self._token, self._attempt = secrets.token, secrets.attempt
+        self._identity = secrets.identity
         self._peers = peers
         self._listener = listener
         self._pending: set[socket.socket] = set()
@@ -298,66 +368,87 @@ class _Mesh:
             connection = socket.socket(family, kind, protocol)
         except OSError as error:
             raise self._unreachable(peer, error) from error
-        self._pending.add(connection)
         connection.setblocking(False)
         code = connection.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
+            connection.close()
             raise self._unreachable(peer, OSError(code, os.strerror(code)))
-        self._selector.register(
-            connection, selectors.EVENT_WRITE, partial(self._greet, peer, connection)
-        )
+        self._pending.add(connection)
+        connected = partial(self._connected, peer, connection)
+        self._selector.register(connection, selectors.EVENT_WRITE, connected)
 
-    def _greet(self, peer: int, connection: socket.socket) -> None:
+    def _connected(self, peer: int, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        self._pending.remove(connection)
         code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
+            connection.close()
             raise self._unreachable(peer, OSError(code, os.strerror(code)))
-        try:
-            # A new connection takes so few bytes at once.
-            connection.sendall(_hello(self._token, self._attempt, self._member.rank, peer))
-        except OSError as error:
-            raise self._unreachable(peer, error) from error
-        self._settle(connection)
-        self._sockets[peer] = connection
+        if self._identity is not None:
+            connection = self._identity.secured(connection, server_side=False)
+        self._begin(connection, self._greet(peer, connection))
 
     def _accept(self) -> None:
         try:
             caller, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):
             return  # it went away again
-        self._pending.add(caller)
         caller.setblocking(False)
-        self._selector.register(
-            caller, selectors.EVENT_READ, partial(self._hear, caller, bytearray())
-        )
+        if self._identity is not None:
+            caller = self._identity.secured(caller, server_side=True)
+        self._begin(caller, self._hear(caller))
 
-    def _hear(self, caller: socket.socket, hello: bytearray) -> None:
+    def _begin(self, connection: socket.socket, conversation: _Conversation) -> None:
+        self._pending.add(connection)
+        resume = partial(self._resume, connection, conversation)
+        self._selector.register(connection, selectors.EVENT_WRITE, resume)
+
+    def _resume(self, connection: socket.socket, conversation: _Conversation) -> None:
+        """Goes on with a conversation, to where it waits again or ends."""
         try:
-            # Not one byte more: what follows belongs to the first exchange.
-            data = caller.recv(_HELLO_BYTES - len(hello))
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        hello += data
-        if data and len(hello) < _HELLO_BYTES:
-            return
-        self._settle(caller)
-        peer = self._identify(bytes(hello)) if data else None
-        if peer is None:
-            caller.close()
+            events = next(conversation)
+        except StopIteration:
+            self._selector.unregister(connection)
+            self._pending.remove(connection)
+            if connection not in self._sockets.values():
+                connection.close()
         else:
-            self._sockets[peer] = caller
+            resume = partial(self._resume, connection, conversation)
+            self._selector.modify(connection, events, resume)
 
-    def _settle(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        self._pending.remove(connection)
+    def _greet(self, peer: int, connection: socket.socket) -> _Conversation:
+        """What a caller says, once it is connected."""
+        try:
+            given = yield from _read(connection, NONCE_BYTES)
+            own, content = nonce(), _HELLO.pack(_MAGIC, self._attempt, self._member.rank, peer)
+            hello = content + own + proof(self._token, _CALLER, given, own, content)
+            yield from _write(connection, hello)
+            answer = yield from _read(connection, PROOF_BYTES)
+            if not is_proof(answer, self._token, _CALLED, given, own, content):
+                raise ConnectionAbortedError("another program answers")
+        except OSError as error:
+            raise self._unreachable(peer, error) from error
+        self._sockets[peer] = connection
 
-    def _identify(self, hello: bytes) -> int | None:
-        _, _, peer, _ = _HELLO.unpack_from(hello)
-        expected = _hello(self._token, self._attempt, peer, self._member.rank)
-        known = hmac.compare_digest(hello, expected)
-        higher = self._member.rank < peer < len(self._peers)
-        return peer if known and higher and peer not in self._sockets else None
+    def _hear(self, caller: socket.socket) -> _Conversation:
+        """What is said to a caller; one who is no rank of this round is left alone."""
+        given = nonce()
+        try:
+            yield from _write(caller, given)
+            hello = yield from _read(caller, _HELLO_BYTES)
+            content, own = hello[: _HELLO.size], hello[_HELLO.size : -PROOF_BYTES]
+            said = given, own, content
+            magic, attempt, peer, called = _HELLO.unpack(content)
+            if (
+                is_proof(hello[-PROOF_BYTES:], self._token, _CALLER, *said)
+                and (magic, attempt, called) == (_MAGIC, self._attempt, self._member.rank)
+                and self._member.rank < peer < len(self._peers)
+            ):
+                yield from _write(caller, proof(self._token, _CALLED, *said))
+                if peer not in self._sockets:
+                    self._sockets[peer] = caller
+        except OSError:
+            return
 
     def _unreachable(self, peer: int, error: OSError) -> PeerLostError:
         host, port = self._peers[peer]
@@ -370,7 +461,26 @@ class _Mesh:
         )
 
 
-def _hello(token: str, attempt: int, rank: int, peer: int) -> bytes:
-    """What rank `rank` says first to rank `peer`; always of the same length."""
-    content = _HELLO.pack(b"TFH1", attempt, rank, peer)
-    return content + hmac.digest(utf8(token), content, "sha256")
+def _read(connection: socket.socket, count: int) -> Generator[int, None, bytes]:
+    """So many bytes, and not one more: what follows belongs to the first exchange."""
+    data = bytearray()
+    while len(data) < count:
+        try:
+            part = connection.recv(count - len(data))
+        except BlockingIOError:
+            yield selectors.EVENT_READ
+            continue
+        if not part:
+            raise ConnectionAbortedError("it was closed by the peer")
+        data += part
+    return bytes(data)
+
+
+def _write(connection: socket.socket, data: bytes) -> Generator[int, None, None]:
+    while data:
+        try:
+            data = data[connection.send(data) :]
+        except WantsReadError:
+            yield selectors.EVENT_READ
+        except BlockingIOError:
+            yield selectors.EVENT_WRITE

@@ -3,11 +3,14 @@
 The driver runs a `Rendezvous`; each rank joins it as a `Member`. A rank says where it listens, is
 told where all others do, and connects to them. Its connection to the driver stays open: over it go
 reports, and whoever fails is named to all others at once. Control messages only, lines of JSON;
-nothing is pickled, and nobody without the token is listened to.
+nothing is pickled. Both sides prove that they know the token of the round (`secret.py`), and nobody
+else is listened to.
 
-    rank → driver   {"token", "attempt", "rank", "host", "port"}   first, once
+    driver → rank   {"challenge"}   at once
+    rank → driver   {"attempt", "rank", "host", "port", "nonce", "proof"}   first, once
                     {"report": {…}}  {"done": true}  {"failed": "text"}
-    driver → rank   {"missing": "rank 3"}   who has not come yet
+    driver → rank   {"proof"}   first
+                    {"missing": "rank 3"}   who has not come yet
                     {"peers": [[host, port], …]}   by rank, once all have come
                     {"interrupt": true}   end at a commit, soon
                     {"abort": "reason"}
@@ -18,7 +21,6 @@ An *attempt* is one try of the barrier stage: Spark starts all ranks of it anew 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import queue
 import selectors
 import socket
@@ -32,14 +34,18 @@ from tfspark.sync.control import (
     MAX_LINE_BYTES,
     MAX_TEXT,
     PROMPT_S,
+    TO_DRIVER,
+    TO_RANK,
     Lines,
     NoMessageError,
     encoded_line,
     listen,
     named,
-    utf8,
+    registration,
     watch,
 )
+from tfspark.sync.encryption import Identity, WantsReadError
+from tfspark.sync.secret import NONCE_BYTES, is_proof, nonce, proof
 
 
 class Rendezvous:
@@ -49,8 +55,9 @@ class Rendezvous:
         host: of the driver, as the ranks reach it.
         bind_host: the address to listen at, if that is another one.
         ports: the first free one is listened at; None lets the system choose.
+        identity: of the run, where connections are encrypted.
         num_ranks: N.
-        token: a secret of this round; connections without it change nothing.
+        token: a secret of this round; connections of those who do not know it change nothing.
         on_report: called as `on_report(rank, report)` in the thread of the server. If it raises,
             that thread ends and the ranks see that the driver is gone.
     """
@@ -64,7 +71,9 @@ class Rendezvous:
         on_report: Callable[[int, dict[str, Any]], None],
         bind_host: str | None = None,
         ports: range | None = None,
+        identity: Identity | None = None,
     ):
+        self._identity = identity
         self._host = host
         self._bind_host = bind_host or host
         self._ports = ports
@@ -132,13 +141,13 @@ class Rendezvous:
         try:
             while not self._stopping:
                 strangers = [c for c in self._connections() if c.rank is None]
-                for key, events in self._selector.select(1.0 if strangers else None):
+                for key, _ in self._selector.select(1.0 if strangers else None):
                     if key.fileobj is self._listener:
                         self._accept()
                     elif key.fileobj is self._woken:
                         self._woken.recv(4096)
                     elif not key.data.closed:
-                        self._attend(key.data, events)
+                        self._attend(key.data)
                 now = time.monotonic()
                 for stranger in strangers:
                     if stranger.rank is None and now >= stranger.deadline and not stranger.closed:
@@ -165,21 +174,23 @@ class Rendezvous:
             return  # it went away again
         watch(accepted)
         accepted.setblocking(False)
-        connection = _Connection(accepted, time.monotonic() + PROMPT_S)
+        if self._identity is not None:
+            accepted = self._identity.secured(accepted, server_side=True)
+        connection = _Connection(accepted, time.monotonic() + PROMPT_S, challenge=nonce())
         self._selector.register(accepted, selectors.EVENT_READ, connection)
+        self._send(connection, {"challenge": connection.challenge.hex()})
 
-    def _attend(self, connection: _Connection, events: int) -> None:
+    def _attend(self, connection: _Connection) -> None:
         messages = []
         try:
-            if events & selectors.EVENT_WRITE and connection.send():
-                if connection.leaving:
-                    self._drop(connection)
-                    return
-                self._selector.modify(connection.socket, selectors.EVENT_READ, connection)
-            if events & selectors.EVENT_READ:
+            with contextlib.suppress(BlockingIOError):
                 messages = connection.receive()
-        except BlockingIOError:
-            return
+            # Afterwards: what was read may be the end of a handshake, which the rest waits for.
+            awaited = selectors.EVENT_READ | connection.send()
+            if connection.leaving and not connection.outgoing:
+                self._drop(connection)
+                return
+            self._selector.modify(connection.socket, awaited, connection)
         except (OSError, NoMessageError) as error:
             self._drop(connection, str(error))
         for message in messages:
@@ -207,16 +218,26 @@ class Rendezvous:
     def _register(self, connection: _Connection, message: Mapping[str, Any]) -> bool:
         match message:
             case {
-                "token": str() as token,
                 "attempt": int() as attempt,
                 "rank": int() as rank,
                 "host": str() as host,
                 "port": int() as port,
+                "nonce": str() as given,
+                "proof": str() as proven,
             } if 0 <= rank < self._num_ranks and 0 <= attempt < 2**32 and 0 < port < 2**16:
-                if not hmac.compare_digest(utf8(token), utf8(self._token)):
+                said = registration(attempt, rank, host, port)
+                try:
+                    theirs, shown = bytes.fromhex(given), bytes.fromhex(proven)
+                except ValueError:
+                    return False
+                nonces = connection.challenge, theirs
+                if len(theirs) != NONCE_BYTES or not is_proof(
+                    shown, self._token, TO_DRIVER, *nonces, said
+                ):
                     return False
             case _:
                 return False
+        self._send(connection, {"proof": proof(self._token, TO_RANK, *nonces, said).hex()})
         if attempt > self._attempt:
             self._begin(attempt)
         if attempt < self._attempt:
@@ -304,6 +325,7 @@ class _Connection:
     Attributes:
         socket: non-blocking.
         deadline: to say who it is.
+        challenge: the nonce that its proof has to cover.
         rank, address: of a member; None of a stranger.
         finished: it said that it is done, or why it failed.
         leaving: it is closed as soon as all is sent.
@@ -312,6 +334,7 @@ class _Connection:
 
     socket: socket.socket
     deadline: float
+    challenge: bytes
     rank: int | None = None
     address: tuple[str, int] | None = None
     finished: bool = False
@@ -321,11 +344,16 @@ class _Connection:
     outgoing: bytearray = field(default_factory=bytearray)
     lines: Lines = field(default_factory=lambda: Lines(MAX_LINE_BYTES))
 
-    def send(self) -> bool:
-        """Sends what the socket takes; whether that was all."""
-        if self.outgoing:
-            del self.outgoing[: self.socket.send(self.outgoing)]
-        return not self.outgoing
+    def send(self) -> int:
+        """Sends what the socket takes; the event that the rest waits for, or 0."""
+        try:
+            while self.outgoing:
+                del self.outgoing[: self.socket.send(self.outgoing)]
+        except WantsReadError:
+            return selectors.EVENT_READ
+        except BlockingIOError:
+            return selectors.EVENT_WRITE
+        return 0
 
     def receive(self) -> list[dict[str, Any]]:
         data = self.socket.recv(1 << 16)

@@ -50,9 +50,14 @@ class ShuffleEngine(SparkEngine):
     """Trains on Spark's own shuffle; see the module's docstring."""
 
     name = "shuffle"
-    most_steps = 32  # a chained round is one lineage, which Spark plans and schedules as a whole
+    most_steps: int | None = (
+        32  # a chained round is one lineage, which Spark plans and schedules as a whole
+    )
 
     def _round_handles(self, run: Run) -> RDD:
+        return self._handles_for_stages(run)
+
+    def _handles_for_stages(self, run: Run) -> RDD:
         # One frame per rank that will send to the partition, so that the two sides zip.
         frames = handle_frames(self._source, run.num_ranks)
         # Not in memory alone: a handle that is evicted there would write its store anew.
@@ -64,8 +69,13 @@ class ShuffleEngine(SparkEngine):
         plan: RoundPlan,
         tell: Callable[[StepRecord], None] | None = None,
     ) -> RoundResult:
+        assert self._handles is not None, "start() comes first"
+        return self._in_stages(self._handles, commit, plan)
+
+    def _in_stages(self, handles: RDD, commit: Commit, plan: RoundPlan) -> RoundResult:
+        """A round; `handles` are frames as of `_round_handles` of this class."""
         started = time.perf_counter()
-        assert self._run is not None and self._handles is not None, "start() comes first"
+        assert self._run is not None, "start() comes first"
         run = self._run.value
         self._release_all_but(commit)
         with self._carriers() as carrier:
@@ -73,7 +83,7 @@ class ShuffleEngine(SparkEngine):
             received = wire.exchange(commit.frames, scatter, run.num_ranks)
             for index, rates in enumerate(plan.learning_rates):
                 step = plan.first_step + index
-                pairs = wire.zip_frames(self._handles, received)
+                pairs = wire.zip_frames(handles, received)
                 gradient = _Gradient(self._run, step, carrier)
                 gradients = wire.exchange(pairs, gradient, run.num_ranks)
                 for kind in run.sums:

@@ -7,7 +7,9 @@ files live as long. An engine adds how a round is run.
 
 from __future__ import annotations
 
+import logging
 import pickle
+import threading
 import time
 import uuid
 from abc import abstractmethod
@@ -18,16 +20,18 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-from py4j.protocol import Py4JNetworkError
-from pyspark import AccumulatorParam, Broadcast, SparkContext, StorageLevel
+from py4j.protocol import Py4JError, Py4JNetworkError
+from pyspark import AccumulatorParam, Broadcast, InheritableThread, SparkContext, StorageLevel
+from pyspark.errors import PySparkException
 from pyspark.rdd import RDD
 
 from tfspark.data.batches import evaluation_batches
 from tfspark.data.failures import driver_errors, reporting
 from tfspark.data.store import Handle
-from tfspark.errors import StoreLostError
+from tfspark.errors import SparkJobError, StoreLostError
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.pure import PureGraph
+from tfspark.slots import in_process, registered_slots
 from tfspark.sync import wire
 from tfspark.sync.carriers import Carrier, state_of, through_spark
 from tfspark.sync.engine import (
@@ -43,7 +47,16 @@ from tfspark.sync.engine import (
 from tfspark.sync.messages import state_to_message
 from tfspark.sync.tasks import Scatter, by_source, handle_first, program_of
 
+logger = logging.getLogger("tfspark")
+
 _MOST_CANCELS = 10
+
+WAIT_FOR_SLOTS_S = 30.0
+_LOOK_S = 0.2
+"""Seconds between two looks whether executors are back."""
+
+_FIRST_LOOK_S, _SELDOM_S = 2.0, 5.0
+"""When a job that runs is first asked whether it has executors, and how often then."""
 
 
 Carriers: TypeAlias = Callable[[], AbstractContextManager[Carrier]]
@@ -54,16 +67,18 @@ class Commit:
     """The states of all ranks after a step.
 
     Attributes:
-        frames: persisted; partition `r` holds the frame of rank `r`.
+        frames: partition `r` holds the frame of rank `r`; reads the blocks of `computed`.
+        computed: persisted, by the last tasks of a round.
         held: what the frames need, such as files.
     """
 
     frames: RDD
+    computed: RDD
     held: ExitStack
 
     def release(self) -> None:
         """Frees it; does not wait."""
-        wire.release(self.frames)
+        wire.release(self.computed)
         self.held.close()
 
 
@@ -74,9 +89,17 @@ class SparkEngine(Engine):
         context: the SparkContext.
         handles: RDD of the training set's handles, partition `r` holding the handle of rank `r`.
         carriers: opens a carrier, for as long as what it packed is needed.
+        wait_for_slots_s: how long a job waits for executors in place of those that were lost.
     """
 
-    def __init__(self, context: SparkContext, handles: RDD, carriers: Carriers = through_spark):
+    def __init__(
+        self,
+        context: SparkContext,
+        handles: RDD,
+        carriers: Carriers = through_spark,
+        wait_for_slots_s: float = WAIT_FOR_SLOTS_S,
+    ):
+        self._wait_for_slots_s = wait_for_slots_s
         self._context = context
         self._source = handles
         self._carriers = carriers
@@ -188,10 +211,12 @@ class SparkEngine(Engine):
         with self._job():
             wire.compute(handles)
 
-    def _committed(self, make: Callable[[Carrier], RDD]) -> tuple[Commit | None, Outcome]:
+    def _committed(
+        self, make: Callable[[Carrier], RDD], slots: int = 1
+    ) -> tuple[Commit | None, Outcome]:
         """Ends a round: the commit, if the ranks agree, and what they say; see `_commit`."""
         self._news.value = {}
-        commit = self._commit(make)
+        commit = self._commit(make, slots)
         outcome = merge_outcomes(self._told(commit))
         if not outcome.consistent:
             commit.release()
@@ -211,27 +236,36 @@ class SparkEngine(Engine):
             told = dict(enumerate(self.map_states(commit, news_of)))
         return [told[rank] for rank in range(self._run.value.num_ranks)]
 
-    def _commit(self, make: Callable[[Carrier], RDD]) -> Commit:
-        """Computes and keeps the frames that `make` describes, packed by the carrier it gets."""
+    def _commit(self, make: Callable[[Carrier], RDD], slots: int = 1) -> Commit:
+        """Computes and keeps the frames that `make` describes, packed by the carrier it gets.
+
+        Args:
+            make: see above.
+            slots: that the job needs at the same time.
+        """
         with ExitStack() as held:
-            frames = make(held.enter_context(self._carriers()))
-            frames.persist(wire.commit_level(self._context))
-            frames.localCheckpoint()
-            commit = Commit(frames, held.pop_all())
+            computed = make(held.enter_context(self._carriers()))
+            computed.persist(wire.commit_level(self._context))
+            computed.localCheckpoint()
+            commit = Commit(wire.held(computed), computed, held.pop_all())
         try:
-            with self._job():
-                wire.compute(frames)
+            with self._job(slots):
+                wire.compute(computed)
         except BaseException:
             commit.release()
             raise
         return commit
 
     @contextmanager
-    def _job(self) -> Iterator[None]:
-        """Around a Spark job: raises the errors of its tasks as they were, cancels it if left."""
+    def _job(self, slots: int = 1) -> Iterator[None]:
+        """Around a Spark job: raises the errors of its tasks as they were, cancels it if left.
+
+        Args:
+            slots: that it needs at the same time.
+        """
         self._context.addJobTag(self._job_tag)
         try:
-            with driver_errors():
+            with driver_errors(), self._given_up_without(slots):
                 yield
         except (KeyboardInterrupt, SystemExit):
             # PySpark's own handler of Ctrl-C does this too, but notebooks replace it.
@@ -239,6 +273,67 @@ class SparkEngine(Engine):
             raise
         finally:
             self._context.removeJobTag(self._job_tag)
+
+    @contextmanager
+    def _given_up_without(self, slots: int) -> Iterator[None]:
+        """Around a Spark job: cancels it where slots are missing, for which Spark waits for ever.
+
+        Spark compares the slots with those of a barrier stage when a job is submitted, but not when
+        it starts the stage anew because an executor was lost.
+
+        Raises:
+            SparkJobError: there were too few for too long.
+        """
+        if in_process(self._context):
+            yield
+            return
+        ended, missing = threading.Event(), threading.Event()
+        # This kind of thread gives its connection to the JVM back when it ends.
+        arguments = slots, ended, missing
+        InheritableThread(target=self._watch_slots, args=arguments, daemon=True).start()
+        try:
+            yield
+        except (Py4JError, PySparkException):
+            if not missing.is_set():
+                raise
+            raise SparkJobError(
+                f"A job needs {slots} task slot{'s' * (slots > 1)} at the same time. Received: "
+                f"fewer for {self._wait_for_slots_s:g} s. Look whether the cluster has hosts left, "
+                "or let training wait longer (FailurePolicy(wait_for_slots_s=…))."
+            ) from None
+        finally:
+            ended.set()
+
+    def _watch_slots(self, slots: int, ended: threading.Event, missing: threading.Event) -> None:
+        pause_s, missing_since = _FIRST_LOOK_S, None
+        while not ended.wait(pause_s):
+            pause_s, now = _SELDOM_S, time.monotonic()
+            try:
+                there = registered_slots(self._context)
+            except (Py4JError, AssertionError, AttributeError):
+                return  # Spark was stopped, which ends the job by itself
+            if there >= slots:
+                missing_since = None
+                continue
+            if missing_since is None:
+                missing_since = now
+            if now - missing_since >= self._wait_for_slots_s:
+                missing.set()
+                self._cancel()
+                return
+
+    def _await_slots(self, needed: int, timeout_s: float) -> int:
+        """How many task slots there are, once as many are there as needed, or time is over."""
+        there = registered_slots(self._context)
+        if there < needed and timeout_s:
+            logger.warning(
+                "Waiting up to %g s for %d task slots; there are %d.", timeout_s, needed, there
+            )
+        deadline = time.monotonic() + timeout_s
+        while there < needed and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            there = registered_slots(self._context)
+        return there
 
     def _cancel(self) -> None:
         """Cancels the jobs of this engine."""

@@ -83,6 +83,25 @@ def zip_frames(left: Frames, right: Frames) -> RDD:
     )
 
 
+def held(rdd: Frames) -> Frames:
+    """The persisted frames of an RDD that has been computed, as an RDD that knows nothing else.
+
+    What a barrier stage has computed makes every stage that reads it a barrier stage, persisted or
+    not: it would need all slots at once. This one reads the blocks and has no past. If all copies
+    of one are lost, a job that reads it fails.
+
+    Args:
+        rdd: persisted; its blocks live as long as it does.
+    """
+    context, jvm = rdd.context, _bridge(rdd.context)
+    number = rdd.getNumPartitions()
+    blocks = context._gateway.new_array(jvm.block_id, number)
+    for partition in range(number):
+        blocks[partition] = jvm.rdd_block_id(rdd.id(), partition)
+    made = jvm.block_rdd(context._jsc.sc(), blocks, rdd._jrdd.classTag())
+    return RDD(made.toJavaRDD(), context, NoOpSerializer())
+
+
 def compute(rdd: Frames) -> int:
     """Computes every partition without sending it anywhere; the number of frames."""
     return rdd._jrdd.rdd().count()
@@ -119,6 +138,9 @@ class _Bridge:
     pairwise_rdd: Any
     partitioner: Any
     serializer: Any
+    block_rdd: Any
+    block_id: Any
+    rdd_block_id: Any
     environment: Any
     includes: Any
 
@@ -146,6 +168,9 @@ def _bridge(context: SparkContext) -> _Bridge:
             # For byte arrays Spark chooses Kryo, and every task makes some of it anew, each with
             # hundreds of registrations: two fifths of what an empty stage costs an executor.
             jvm.org.apache.spark.serializer.JavaSerializer(context._jsc.sc().conf()),
+            jvm.org.apache.spark.rdd.BlockRDD,
+            jvm.org.apache.spark.storage.BlockId,
+            jvm.org.apache.spark.storage.RDDBlockId,
             environment,
             includes,
             list(context._python_includes or ()),

@@ -18,7 +18,9 @@ from tfspark.sync.engine import Engine
 from tfspark.sync.gang import GangEngine
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.shuffle import ShuffleEngine
+from tfspark.sync.spark_engine import Carriers
 from tfspark.sync.stragglers import LeaveOut
+from tfspark.train.failure_policy import FailurePolicy
 
 logger = logging.getLogger("tfspark")
 
@@ -166,12 +168,17 @@ def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkCon
     return dataset.materialise(context, num_ranks, shares_files=in_process(context))
 
 
-def make_engine(name: str, materialised: Any, context: SparkContext | None) -> Engine:
+def make_engine(
+    name: str, materialised: Any, context: SparkContext | None, policy: FailurePolicy
+) -> Engine:
     """An engine over a materialised training set."""
     if name == "local":
         return LocalEngine(materialised.handles)
     assert context is not None
-    engine = GangEngine if name == "gang" else ShuffleEngine
-    shares_files = in_process(context)
-    carriers = partial(through_files, wire.scratch_folder(context))
-    return engine(context, materialised.rdd, carriers if shares_files else through_spark)
+    carriers: Carriers = through_spark
+    if in_process(context):
+        carriers = partial(through_files, wire.scratch_folder(context))
+    settings = context, materialised.rdd, carriers, policy.wait_for_slots_s
+    if name == "gang":
+        return GangEngine(*settings, takes_turns=policy.lost_slots == "take_turns")
+    return ShuffleEngine(*settings)

@@ -9,13 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tfspark.errors import CheckpointError
+from tfspark.errors import CheckpointError, CheckpointWriteError
 
 TEMPORARY = re.compile(r"\.[^/]+\.[0-9a-f]{8}\.part")
 """Names of files that are being written, or were when their writer died."""
 
 # Stores where a rename is atomic and a write is not; on object stores it is the other way round.
 _RENAMING = frozenset({"file", "local", "hdfs", "webhdfs", "viewfs", "sftp", "ssh", "smb"})
+
+# What the next try would meet again; other errors of a file system may pass.
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
 def list_names(fs: Any, root: str) -> list[str]:
@@ -74,9 +77,8 @@ class Explained:
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{self.rule} ({type(error).__name__}: {error}).", **self.where
-            ) from error
+            kind = CheckpointError if isinstance(error, _LASTING) else CheckpointWriteError
+            raise kind(f"{self.rule} ({type(error).__name__}: {error}).", **self.where) from error
 
 
 def _is_local(fs: Any) -> bool:

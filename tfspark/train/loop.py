@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from tfspark.data.order import BatchOrder
-from tfspark.errors import NonFiniteError, PeerLostError, StoreLostError, WorkerLostError
+from tfspark.errors import NonFiniteError, StoreLostError, TFSparkError
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.failure_policy import FailurePolicy, Failures
 from tfspark.train.left_out import LeftOutRows
 from tfspark.train.pacing import Pacing
 from tfspark.train.progress import ProgressReporter, planned_steps
@@ -23,9 +24,6 @@ from tfspark.train.summary import TrainSummary, ValidationSummary
 from tfspark.train.triggers import Progress, Trigger
 
 logger = logging.getLogger("tfspark")
-
-MOST_RETRIES = 3
-"""Times that a job is done again after a store or a worker was lost, before that is an error."""
 
 T = TypeVar("T")
 
@@ -94,6 +92,9 @@ class TrainingLoop:
         pacing: the length of rounds.
         scores: of the last validation.
         left_out: counts the rows of ranks that steps went on without; None where none may be.
+        failures: decides which jobs are done again.
+        after_save: called after a checkpoint, from which training may go on in another way.
+        redone_steps: taken again after failures, as far as an engine told of them before it failed.
     """
 
     engine: Engine
@@ -110,6 +111,10 @@ class TrainingLoop:
     pacing: Pacing = field(default_factory=Pacing)
     scores: Mapping[str, float] = field(default_factory=dict)
     left_out: LeftOutRows | None = None
+    failures: Failures = field(default_factory=lambda: Failures(FailurePolicy()))
+    after_save: Callable[[], None] | None = None
+    redone_steps: int = 0
+    _seen_step: int = 0  # the newest that the engine told of
     _saved_step: int | None = None
     # Of the last round; a later `train` need not find out again.
     _seconds_per_step: float | None = None
@@ -144,7 +149,14 @@ class TrainingLoop:
                 self._validate()
             if self.store and checkpoint(self.progress):
                 self.save()
-        if self.store and self._saved_step != self.progress.step and self.progress.step:
+                if self.after_save and not end(self.progress):
+                    self.after_save()
+        if self.store and self.progress.step:
+            self.save_newest()
+
+    def save_newest(self) -> None:
+        """Writes the newest commit as a checkpoint, if it is none yet."""
+        if self._saved_step != self.progress.step:
             self.save()
 
     def save(self) -> None:
@@ -192,28 +204,24 @@ class TrainingLoop:
 
     def _live(self, record: StepRecord) -> None:
         """Shows a step of the round that runs."""
+        self._seen_step = record.step
         at = progress_at(self.run.order, record.step, record.loss, self.progress.score)
         self.reporter.update(at, record.rows / sum(record.seconds.values()))
 
     def insist(self, job: Callable[[], T]) -> T:
-        """The result of a job, which is done again if it lost a store or a worker.
-
-        Spark retries tasks by itself, but not on an embedded master, and not for ever.
+        """The result of a job, which is done again if its failure is one that passes.
 
         Args:
             job: reads `commit`, which stays good whatever happens.
         """
-        for attempt in range(1, MOST_RETRIES + 1):
-            try:
-                return job()
-            except StoreLostError as error:
-                logger.warning(
-                    "Rebuilding lost stores (%d of %d): %s", attempt, MOST_RETRIES, error
-                )
-                self.engine.rebuild()
-            except (WorkerLostError, PeerLostError) as error:
-                logger.warning("Trying again (%d of %d): %s", attempt, MOST_RETRIES, error)
-        return job()
+        return self.failures.insist(job, self._mend)
+
+    def _mend(self, error: TFSparkError) -> None:
+        self.redone_steps += max(0, self._seen_step - self.progress.step)
+        self._seen_step = self.progress.step
+        if isinstance(error, StoreLostError):
+            logger.warning("Rebuilding lost stores.")
+            self.engine.rebuild()
 
     def _advance(self, result: RoundResult) -> None:
         if result.commit is None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pyspark import SparkContext
 
 from tfspark.data.dataset import TFDataset
-from tfspark.errors import CheckpointError, InvalidInputError
+from tfspark.errors import CheckpointError, CommitLostError, InvalidInputError
+from tfspark.sync.engine import SlotsChanged
 from tfspark.train.checkpoint import CheckpointStore
+from tfspark.train.failure_policy import Cause, Decision, Failures
 from tfspark.train.frontends import (
     FrontEnd,
     FunctionFrontEnd,
@@ -21,8 +24,10 @@ from tfspark.train.manifest import Manifest
 from tfspark.train.recipe import Recipe, Settings
 from tfspark.train.saving import FromCheckpoint, newest_whole
 from tfspark.train.summary import TrainSummary, ValidationSummary
-from tfspark.train.training import Training
+from tfspark.train.training import Ranks, Training
 from tfspark.train.triggers import EveryEpoch, MaxEpoch, Trigger, check_trigger
+
+logger = logging.getLogger("tfspark")
 
 
 class TFOptimizer:
@@ -63,6 +68,9 @@ class TFOptimizer:
       None (default): 4 between hosts, fewer where they would be small, 1 on one host. Weights and
       losses are the same bits, but where optimizers sum over tensors (clipping by norm, LARS,
       LAMB): there the last bits differ.
+    * `failure_policy`: `FailurePolicy()` says how often what failed is done again: a process, a
+      host or the network up to 100 times an hour and five times in a row, a function of the user
+      never.
 
     Attributes:
         train_summary, val_summary: as set, or None.
@@ -73,8 +81,10 @@ class TFOptimizer:
     ):
         self._front_end = front_end
         self._recipe = Recipe.of(front_end, dataset, optim_method, settings)
+        self._failures = Failures(settings.failure_policy)
         self._requested: FromCheckpoint | None = None
         self._training: Training | None = None
+        self._ranks: Ranks | None = None  # other ones than the recipe's, where slots were lost
         self.train_summary: TrainSummary | None = None
         self.val_summary: ValidationSummary | None = None
 
@@ -342,7 +352,9 @@ class TFOptimizer:
             InvalidInputError: something that is not a trigger.
             NonFiniteError: a loss or a gradient is NaN or infinite. As after every error and
                 interrupt, the weights of the last good commit are brought home first.
-            TFSparkError: what else went wrong, with rank, step and phase.
+            TFSparkError: what else went wrong, with rank, step and phase, after as many retries as
+                the failure policy allows. If all copies of a commit are lost, a retry goes on from
+                the newest checkpoint of `model_dir`.
         """
         end = check_trigger(MaxEpoch(1) if end_trigger is None else end_trigger, "end_trigger")
         checkpoint = check_trigger(
@@ -352,14 +364,41 @@ class TFOptimizer:
         validation = check_trigger(
             checkpoint if validation_trigger is None else validation_trigger, "validation_trigger"
         )
+        rewound_to, in_a_row = None, 0
+        while True:
+            training = self._started()
+            try:
+                training.train(end, checkpoint, validation)
+                return self
+            except SlotsChanged as change:
+                training.loop.save_newest()
+                logger.warning(
+                    "Going on with %d ranks, because there are as many task slots.",
+                    change.num_ranks,
+                )
+                self.close()
+                self._ranks = Ranks(change.num_ranks, training.ranks.wanted)
+            except CommitLostError as error:
+                saved = self._recipe.newest_checkpoint()
+                if saved is None:
+                    raise
+                # Without a newer checkpoint in between it is the same failure again.
+                in_a_row = in_a_row + 1 if saved.manifest.step == rewound_to else 1
+                rewound_to = saved.manifest.step
+                if self._failures.decide(error, in_a_row, Cause.INFRASTRUCTURE) is Decision.RAISE:
+                    raise
+                # Batches are a function of the step, so the steps since then give the same bits.
+                self.close()
+
+    def _started(self) -> Training:
+        """The training that runs, or a new one, from the newest checkpoint where there is one."""
         if self._training is None:
             saved = self._requested or self._recipe.newest_checkpoint()
-            self._training = Training(self._recipe, saved)
+            self._training = Training(self._recipe, saved, self._failures, self._ranks)
             self._requested = None
         loop = self._training.loop
         loop.train_summary, loop.validation_summary = self.train_summary, self.val_summary
-        self._training.train(end, checkpoint, validation)
-        return self
+        return self._training
 
     def load_checkpoint(self, path: str, version: int | None = None) -> TFOptimizer:
         """Goes on from a checkpoint: weights, optimizer slots, schedules, model state, data order.

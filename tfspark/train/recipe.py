@@ -17,6 +17,7 @@ from tfspark.graph.update import update_program
 from tfspark.sync.compression import WIRE_DTYPES
 from tfspark.sync.stragglers import LeaveOut
 from tfspark.train.checkpoint import CheckpointStore, Retention
+from tfspark.train.failure_policy import FailurePolicy
 from tfspark.train.frontends import FrontEnd, Metrics
 from tfspark.train.groups import ParameterGroups, parameter_groups
 from tfspark.train.manifest import Manifest, compare_tensors, compare_variables
@@ -42,6 +43,7 @@ class Settings:
             "bfloat16" or "float16"; None: they are not.
         gradient_buckets: the most buckets that a gradient is exchanged in, each as soon as it is
             computed; None: as many as pay.
+        failure_policy: what is done again after a failure, and how often.
     """
 
     engine: str = "auto"
@@ -56,6 +58,7 @@ class Settings:
     progress: bool = True
     wire_dtype: str | None = None
     gradient_buckets: int | None = None
+    failure_policy: FailurePolicy = field(default_factory=FailurePolicy)
 
     @classmethod
     def of(cls, **settings: Any) -> Settings:
@@ -94,6 +97,17 @@ class Settings:
                 "weights and optimizer slots that training goes on from, in full precision. "
                 f"Received: wire_dtype={self.wire_dtype!r} with "
                 f"average_every={self.average_every}. Use one of them."
+            )
+        if not isinstance(self.failure_policy, FailurePolicy):
+            raise InvalidInputError(
+                "failure_policy is FailurePolicy(infrastructure_retries, user_retries, …). "
+                f"Received: {self.failure_policy!r}."
+            )
+        if self.failure_policy.lost_slots == "fewer_ranks" and self.model_dir is None:
+            raise InvalidInputError(
+                "A training goes on with fewer ranks from a checkpoint. Received: "
+                "lost_slots='fewer_ranks' without model_dir. Pass model_dir=…, or let the ranks "
+                "take turns (lost_slots='take_turns')."
             )
         if self.leave_out is not None and not isinstance(self.leave_out, LeaveOut):
             raise InvalidInputError(

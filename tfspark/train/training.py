@@ -6,19 +6,20 @@ import logging
 import uuid
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from py4j.protocol import Py4JError
 from pyspark import SparkContext
 
+from tfspark.data.dataset import TFDataset
 from tfspark.data.order import BatchOrder
-from tfspark.errors import TFSparkError
+from tfspark.errors import CommitLostError, TFSparkError
 from tfspark.graph.evaluation import results
 from tfspark.graph.optimizers import clipping_of
-from tfspark.slots import in_process, slots, task_threads
+from tfspark.slots import in_process, registered_slots, slots, task_threads
 from tfspark.sync import wire
-from tfspark.sync.engine import Engine, Run
+from tfspark.sync.engine import Engine, Run, SlotsChanged
 from tfspark.train.engines import (
     buckets_that_pay,
     check_gradient_buckets,
@@ -27,6 +28,7 @@ from tfspark.train.engines import (
     make_engine,
     materialise,
 )
+from tfspark.train.failure_policy import Cause, Failures, cause_of
 from tfspark.train.left_out import LeftOutRows
 from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
@@ -39,6 +41,13 @@ from tfspark.train.triggers import Trigger
 logger = logging.getLogger("tfspark")
 
 
+class Ranks(NamedTuple):
+    """How many ranks train, and how many would if no slots had been lost."""
+
+    number: int
+    wanted: int
+
+
 class Training:
     """Everything that a recipe needs in Spark or in this process, from `__init__` to `close`.
 
@@ -47,21 +56,34 @@ class Training:
     Args:
         recipe: what is trained.
         saved: the checkpoint to go on from, or None: from the variables as they are.
+        failures: decides which jobs are done again.
+        ranks: where slots were lost; None: as many as the recipe says.
 
     Attributes:
+        ranks: how many.
         loop: the rounds; its commit and its progress are the newest good ones.
     """
 
-    def __init__(self, recipe: Recipe, saved: FromCheckpoint | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        saved: FromCheckpoint | None,
+        failures: Failures,
+        ranks: Ranks | None = None,
+    ):
         self._recipe = recipe
         self._context = SparkContext._active_spark_context
         context = self._context
-        num_ranks = recipe.settings.num_ranks or (slots(context) if context else 1)
         settings = recipe.settings
+        if ranks is None:
+            wanted = settings.num_ranks or (slots(context) if context else 1)
+            ranks = Ranks(wanted, wanted)
+        self.ranks, num_ranks = ranks, ranks.number
         self._name = choose_engine(settings.engine, context, num_ranks, settings.average_every)
         check_leave_out(settings.leave_out, self._name, num_ranks)
         check_gradient_buckets(settings.gradient_buckets, self._name)
-        train_set = materialise(self._name, recipe.dataset, num_ranks, context)
+        self._failures = failures
+        train_set = self._materialise(recipe.dataset, num_ranks)
         flat, state = recipe.bound.values()
         run = _run(
             recipe,
@@ -73,13 +95,16 @@ class Training:
         )
         if saved:
             _warn_of_changed_order(saved, run.order)
-        engine = make_engine(self._name, train_set, context)
+        engine = make_engine(self._name, train_set, context, settings.failure_policy)
         sets = [train_set]
         if recipe.dataset.validation is not None:
-            sets.append(materialise(self._name, recipe.dataset.validation, num_ranks, context))
-        initial = saved or self._initial_state(flat)
+            sets.append(self._materialise(recipe.dataset.validation, num_ranks))
+        initial = saved or failures.insist(lambda: self._initial_state(flat), mend=_nothing)
         self.close = release_with(self, partial(_close, engine, [*sets, initial], context))
         self.loop = self._make_loop(engine, run, initial)
+        if num_ranks < ranks.wanted:
+            assert context is not None
+            self.loop.after_save = partial(_look_for_slots, context, ranks.wanted)
         if len(sets) > 1:
             self.loop.validate = self._validator(engine, run, sets[1])
 
@@ -97,20 +122,35 @@ class Training:
                 self._recipe.settings.progress, steps, loop.progress.step
             ) as loop.reporter:
                 loop.train(end, checkpoint, validation)
-        except BaseException:
+        except CommitLostError:
+            raise  # there is nothing to bring home
+        except SlotsChanged:
+            raise  # training goes on
+        except BaseException as error:
+            # What has failed so often is not tried as often again.
+            hopeless = isinstance(error, TFSparkError) and cause_of(error) is Cause.INFRASTRUCTURE
             try:
-                loop.insist(self._bring_home)
-            except (TFSparkError, Py4JError) as error:
+                if hopeless:
+                    self._bring_home()
+                else:
+                    loop.insist(self._bring_home)
+            except (TFSparkError, Py4JError) as another:
                 logger.warning(
                     "The weights of step %d could not be brought home: %s",
                     loop.progress.step,
-                    error,
+                    another,
                 )
             raise
         finally:
             if loop.left_out is not None:
                 logger.info("%s", loop.left_out)
         loop.insist(self._bring_home)
+
+    def _materialise(self, dataset: TFDataset, num_ranks: int) -> Any:
+        return self._failures.insist(
+            lambda: materialise(self._name, dataset, num_ranks, self._context),
+            mend=_nothing,
+        )
 
     def _make_loop(
         self, engine: Engine, run: Run, initial: FromValues | FromCheckpoint
@@ -124,17 +164,21 @@ class Training:
             scores = dict(manifest.metrics)
             groups.restore(manifest.training["schedules"])
             logger.info("Going on from step %d of %s.", step, initial.store.model_dir)
+        commit = self._failures.insist(
+            lambda: engine.start(run, initial), mend=lambda error: engine.close()
+        )
         return TrainingLoop(
             engine=engine,
             run=run,
             rates=groups,
-            commit=engine.start(run, initial),
+            commit=commit,
             progress=progress_at(run.order, step, loss, score_of(scores)),
             reporter=progress_reporter(False, None),
             store=self._recipe.store,
             retention=self._recipe.settings.retention,
             pacing=Pacing(most_steps=engine.most_steps, average_every=run.average_every),
             scores=scores,
+            failures=self._failures,
         )
 
     def _validator(self, engine: Engine, run: Run, held: Any) -> Any:
@@ -210,6 +254,20 @@ def _run(
         gradient_buckets=settings.gradient_buckets
         or (buckets_that_pay(engine, program.size * width, hosts) if settings.is_in_step else 1),
     )
+
+
+def _nothing(error: TFSparkError) -> None:
+    """What has to be mended where a try that failed leaves nothing behind."""
+
+
+def _look_for_slots(context: SparkContext, wanted: int) -> None:
+    """Has a training with too few ranks go on with all of them, once there are slots for them.
+
+    Raises:
+        SlotsChanged: there are.
+    """
+    if registered_slots(context) >= wanted:
+        raise SlotsChanged(wanted)
 
 
 def _warn_of_changed_order(saved: FromCheckpoint, order: BatchOrder) -> None:

@@ -2,30 +2,80 @@
 
 An order is a file at the path in `TFSPARK_ORDER`: `rank phase when step`. The rank that obeys it
 deletes it first, so that it is obeyed once. Phases are those of exchanges ("weights", "gradient"
-and so on), and "join" and "done" of a rank's membership; `when` is before, during or after. The
-code of tfspark knows nothing of this.
+and so on), and "join" and "done" of a rank's membership; `when` is before, during or after. Other
+orders, for whoever comes first: `drop` (a connection between ranks breaks), `delay 3.5` (seconds
+before an exchange), `files executor replace` (this function fails when a checkpoint is written, on
+an executor or the driver), `raise` (see `spark_app.Sulky`). The code of tfspark knows nothing of
+this.
 """
 
+import errno
 import importlib.abc
 import importlib.machinery
 import os
+import socket
 import sys
+import time
 from contextlib import suppress
 
 ORDER = os.environ.get("TFSPARK_ORDER", "")
 
 
-def obey(rank, phase, when, step):
-    """Dies, if that is ordered."""
+def ordered():
+    """The words of the order, if there is one."""
     try:
         with open(ORDER) as file:
-            order = file.read().split(" ")
+            return file.read().split(" ")
     except FileNotFoundError:
-        return
-    if order[:3] == [str(rank), phase.replace(" ", "-"), when] and step >= int(order[3]):
-        with suppress(FileNotFoundError):
-            os.unlink(ORDER)
-            os.kill(os.getpid(), 9)
+        return []
+
+
+def taken():
+    """Whether this process is the one that obeys."""
+    with suppress(FileNotFoundError):
+        os.unlink(ORDER)
+        return True
+    return False
+
+
+def obey(rank, phase, when, step):
+    """Dies, if that is ordered."""
+    order = ordered()
+    here = [str(rank), phase.replace(" ", "-"), when]
+    if order[:3] == here and step >= int(order[3]) and taken():
+        os.kill(os.getpid(), 9)
+
+
+def disturb(sockets):
+    """Breaks a connection, or is late, if that is ordered."""
+    order = ordered()
+    if order[:1] == ["drop"] and sockets and taken():
+        next(iter(sockets.values())).shutdown(socket.SHUT_RDWR)
+    elif order[:1] == ["delay"] and taken():
+        time.sleep(float(order[1]))
+
+
+class FailingSystem:
+    """The module `os`, whose functions fail where that is ordered."""
+
+    HERE = "executor" if "SPARK_EXECUTOR_DIRS" in os.environ else "driver"
+
+    def __getattr__(self, name):
+        function = getattr(os, name)
+        if name not in ("makedirs", "open", "fsync", "replace"):
+            return function
+
+        def call(*arguments, **more):
+            if ordered() == ["files", self.HERE, name] and taken():
+                raise OSError(errno.EIO, f"{name} was told to fail")
+            return function(*arguments, **more)
+
+        return call
+
+
+def wrap_files(module):
+    """Around what writes a checkpoint."""
+    module.os = FailingSystem()
 
 
 def wrap_links(module):
@@ -35,6 +85,7 @@ def wrap_links(module):
 
     def exchange_and_obey(self, outgoing, *, phase, step, **more):
         obey(self.rank, phase, "before", step)
+        disturb(self._sockets)
         here.update(rank=self.rank, phase=phase, step=step)
         received = exchange(self, outgoing, phase=phase, step=step, **more)
         obey(self.rank, phase, "after", step)
@@ -67,7 +118,11 @@ def wrap_member(module):
     module.Member.join, module.Member.done = classmethod(join_and_obey), done_and_obey
 
 
-WRAPPERS = {"tfspark.sync.links": wrap_links, "tfspark.sync.member": wrap_member}
+WRAPPERS = {
+    "tfspark.sync.links": wrap_links,
+    "tfspark.sync.member": wrap_member,
+    "tfspark.train.files": wrap_files,
+}
 
 
 class Finder(importlib.abc.MetaPathFinder):

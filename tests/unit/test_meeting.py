@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tfspark.errors import InvalidInputError
-from tfspark.sync.gang import port_range
+from tfspark.sync.meeting import port_range
 
 
 def test_ports():
