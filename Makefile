@@ -10,10 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SPARK35 := .venv-spark35
+# The oldest and the newest Python that TensorFlow has wheels for.
+PYTHONS := 3.10 3.13
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: quickstart test lint format spark35 benchmark clean machine
+.PHONY: quickstart test lint format spark35 pythons benchmark clean machine
 
 quickstart: $(READY)
 	$(BIN)/python examples/lenet.py
@@ -37,6 +39,18 @@ spark35: $(READY)
 	    $(BIN)/python -m pip install --quiet --target $(SPARK35) 'pyspark>=3.5,<3.6' && \
 	    touch $(SPARK35)/.ready; } || echo 'Spark 3.5 could not be installed.' >&2
 
+# A small training with other Pythons, where they are installed; each takes an environment of 2 GB.
+pythons: $(READY)
+	@for version in $(PYTHONS); do \
+	    folder=.venv-$$version; \
+	    command -v python$$version >/dev/null || { echo "There is no python$$version." >&2; continue; }; \
+	    test -e $$folder/.ready || { \
+	        python$$version -m venv $$folder && \
+	        $$folder/bin/python -m pip install --quiet --editable . --constraint requirements.txt && \
+	        touch $$folder/.ready; } || exit 1; \
+	done
+	$(BIN)/python -m pytest tests/cluster/test_pythons.py
+
 # Against plain TensorFlow and other trainers on Spark, each in an environment that is made on the
 # way; wants a machine that does nothing else. To go on where it was stopped: OPTIONS=--resume
 benchmark: $(READY)
@@ -54,4 +68,4 @@ machine:
 	@: $(if $(PROBLEM),$(error $(PROBLEM)))
 
 clean:
-	rm -rf $(VENV) $(SPARK35) benchmarks/.venvs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SPARK35) $(PYTHONS:%=.venv-%) benchmarks/.venvs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
