@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tfspark.sync.interrupts import run_interruptibly
+from tfspark.sync.interrupts import noting_interrupts, raise_if_noted, run_interruptibly
 
 
 def interrupt_soon(times=1):
@@ -81,3 +81,33 @@ def test_a_second_interrupt_does_not_wait():
     result = run(Job(ended, "cancelled"), ended, grace_s=20)
     assert result == ("interrupted", ["asked", "cancelled"])
     assert time.monotonic() - started < 10
+
+
+class Swallowing:
+    """Is interrupted while it is destroyed, where Python forgets what is raised."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_swallows_is_not_lost():
+    ended = threading.Event()
+    with noting_interrupts():
+        with pytest.raises(KeyboardInterrupt):
+            Swallowing()
+            raise_if_noted()
+        raise_if_noted()  # once only
+        Swallowing()
+        assert run(Job(ended, "asked"), ended) == ("result", ["asked"])
+        raise_if_noted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_the_users_own_stays():
+    seen = []
+    signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    with noting_interrupts():
+        signal.raise_signal(signal.SIGINT)
+        raise_if_noted()
+    assert seen == [1]

@@ -1,17 +1,28 @@
-"""Spark jobs that Ctrl-C asks to end, before it cancels them."""
+"""Spark jobs that Ctrl-C asks to end, before it cancels them.
+
+Python may swallow the KeyboardInterrupt of a Ctrl-C: whatever is raised while a destructor runs is
+printed and forgotten, and every object of the JVM has one. So the signal is also noted, for all of
+a training, and looked at while a job is waited for and between jobs.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import Future, TimeoutError, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pyspark import InheritableThread
 
 T = TypeVar("T")
+
+# Signals belong to the process, and so does this.
+_noted = threading.Event()
+
+_LOOK_S = 0.5
+"""Seconds between two looks whether an interrupt was noted."""
 
 _CANCELLED_S = 10.0
 """How long a cancelled job may take to end. Its tasks end with it, or later by themselves."""
@@ -46,14 +57,17 @@ def run_interruptibly(
         except BaseException as error:  # whatever it is, the caller's thread raises it
             future.set_exception(error)
 
-    with _python_handler():
+    with noting_interrupts():
         thread = InheritableThread(target=run, name="tfspark-job", daemon=True)
         thread.start()
         try:
+            while not wait([future], _LOOK_S).done:
+                raise_if_noted()
             return future.result()
         except KeyboardInterrupt:
             if future.done():
                 raise
+        _noted.clear()
         try:
             on_interrupt()
             return future.result(grace_s)
@@ -64,16 +78,39 @@ def run_interruptibly(
 
 
 @contextmanager
-def _python_handler() -> Iterator[None]:
-    """Without PySpark's own handler of Ctrl-C, which cancels all jobs at once."""
+def noting_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt here, and is noted; may be nested.
+
+    Instead of PySpark's own handler, which cancels all jobs at once. A handler of the user's own
+    stays, and so does that of a program that ignores Ctrl-C.
+    """
     former: Any = signal.getsignal(signal.SIGINT)
-    replaced = threading.current_thread() is threading.main_thread() and getattr(
-        former, "__module__", ""
-    ).startswith("pyspark.")
-    if replaced:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ours = former is signal.default_int_handler or getattr(former, "__module__", "").startswith(
+        "pyspark."
+    )
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _noted.clear()
+    signal.signal(signal.SIGINT, _note)
     try:
         yield
     finally:
-        if replaced:
-            signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, former)
+        _noted.clear()
+
+
+def raise_if_noted() -> None:
+    """Raises the KeyboardInterrupt of a Ctrl-C that nobody has seen.
+
+    Raises:
+        KeyboardInterrupt: there was one.
+    """
+    if _noted.is_set() and threading.current_thread() is threading.main_thread():
+        _noted.clear()
+        raise KeyboardInterrupt
+
+
+def _note(number: int, frame: Any) -> None:
+    _noted.set()
+    raise KeyboardInterrupt

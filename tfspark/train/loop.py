@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from tfspark.data.order import BatchOrder
 from tfspark.errors import NonFiniteError, StoreLostError, TFSparkError
 from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
+from tfspark.sync.interrupts import raise_if_noted
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.failure_policy import FailurePolicy, Failures
 from tfspark.train.left_out import LeftOutRows
@@ -131,6 +132,7 @@ class TrainingLoop:
         """
         look = None
         while not end(self.progress):
+            raise_if_noted()
             step = self.progress.step
             if look is None or step >= look:
                 look = self._next_look(end, checkpoint, validation)

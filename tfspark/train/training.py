@@ -20,6 +20,7 @@ from tfspark.graph.optimizers import clipping_of
 from tfspark.slots import in_process, registered_slots, slots, task_threads
 from tfspark.sync import wire
 from tfspark.sync.engine import Engine, Run, SlotsChanged
+from tfspark.sync.interrupts import noting_interrupts
 from tfspark.train.engines import (
     buckets_that_pay,
     check_gradient_buckets,
@@ -118,9 +119,8 @@ class Training:
         if self._recipe.settings.leave_out is not None:
             loop.left_out = LeftOutRows(loop.run.order)
         try:
-            with progress_reporter(
-                self._recipe.settings.progress, steps, loop.progress.step
-            ) as loop.reporter:
+            reporter = progress_reporter(self._recipe.settings.progress, steps, loop.progress.step)
+            with noting_interrupts(), reporter as loop.reporter:
                 loop.train(end, checkpoint, validation)
         except CommitLostError:
             raise  # there is nothing to bring home
