@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -266,7 +267,7 @@ def _facts(ranks: Iterable[int]) -> Iterator[_Facts]:
     import tensorflow as tf
 
     assert float(tf.reduce_sum(tf.ones([4]))) == 4
-    folders = os.environ.get("SPARK_EXECUTOR_DIRS") or os.environ.get("SPARK_LOCAL_DIRS") or "/tmp"
+    folders = os.environ.get("SPARK_LOCAL_DIRS") or tempfile.gettempdir()
     free = min(shutil.disk_usage(folder).free for folder in folders.split(","))
     yield _Facts(
         rank,
@@ -280,6 +281,9 @@ def _facts(ranks: Iterable[int]) -> Iterator[_Facts]:
 
 def _free_memory() -> int:
     """Bytes that this process may still take: the machine's, or its container's if that is less."""
+    if not os.path.exists("/proc/meminfo"):
+        # Other systems than Linux do not say what is free: all that there is.
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with open("/proc/meminfo", encoding="ascii") as file:
         (line,) = [line for line in file if line.startswith("MemAvailable")]
     free = int(line.split()[1]) * 1024

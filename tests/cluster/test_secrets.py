@@ -20,6 +20,7 @@ TOKEN = "6d" * 32
 
 SOURCE = """
     import json, logging, os, stat, sys
+    import pyspark
     import tfspark.sync.meeting as meeting
     from spark_app import *
 
@@ -27,7 +28,8 @@ SOURCE = """
     meeting.secrets.token_hex = lambda size: {token!r}
     events, work = {events!r}, {work!r}
     settings = dict(
-        eventLog__enabled=True, eventLog__dir=events, local__dir=work, log__level="DEBUG",
+        eventLog__enabled=True, eventLog__compress=False, eventLog__dir=events,
+        local__dir=work, log__level="DEBUG",
         authenticate=True, authenticate__secret="of Spark", network__crypto__enabled=True,
     )
     with application("local-cluster[2,1,1024]", **settings) as sc:
@@ -41,7 +43,11 @@ SOURCE = """
         }}
         training.close()
         alone = train(sc, 20, name="dense", engine="local")
-        result = dict(digest=digest(model), key=identity.key, alone=alone, modes=modes)
+        # Where a local-cluster keeps what its executors log.
+        logs = os.path.join(os.path.dirname(pyspark.__file__), "work", sc.applicationId)
+        result = dict(
+            digest=digest(model), key=identity.key, alone=alone, modes=modes, logs=logs
+        )
     print(json.dumps(result))
 """
 
@@ -50,24 +56,20 @@ def test_secrets_are_in_no_log_and_files_are_private(application, tmp_path):
     events, work = tmp_path / "events", tmp_path / "work"
     events.mkdir()
     work.mkdir()
-    home = tmp_path / "home"
-    home.mkdir()
-    # A local-cluster keeps the logs of its executors in SPARK_HOME/work unless told otherwise.
-    result = application(
-        SOURCE.format(token=TOKEN, events=str(events), work=str(work)),
-        SPARK_WORKER_DIR=str(home),
-    )
+    result = application(SOURCE.format(token=TOKEN, events=str(events), work=str(work)))
     assert result["digest"] == result["alone"]
     key = result["key"].splitlines()[1].encode()
-    looked_at = 0
-    for folder in (events, home):
+    looked_at, written = [], 0
+    for folder in (events, result["logs"]):
         for path in glob.glob(f"{folder}/**", recursive=True):
             if os.path.isfile(path):
                 with open(path, "rb") as file:
                     content = file.read()
                 assert TOKEN.encode() not in content and key not in content, path
-                looked_at += 1
-    assert looked_at
+                looked_at.append(os.path.basename(path))
+                written += len(content)
+    assert looked_at.count("stderr") == 2 and any(n.startswith("events") for n in looked_at)
+    assert written > 100_000  # debug logs, and no compressed events
     assert result["modes"]
     for path, mode in result["modes"].items():
         assert not mode & (stat.S_IRWXG | stat.S_IRWXO), (path, oct(mode))

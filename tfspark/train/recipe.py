@@ -100,7 +100,7 @@ class Settings:
             )
         if not isinstance(self.failure_policy, FailurePolicy):
             raise InvalidInputError(
-                "failure_policy is FailurePolicy(infrastructure_retries, user_retries, …). "
+                "failure_policy is a FailurePolicy, such as FailurePolicy(user_retries=1). "
                 f"Received: {self.failure_policy!r}."
             )
         if self.failure_policy.lost_slots == "fewer_ranks" and self.model_dir is None:
