@@ -119,7 +119,10 @@ class SparkJobError(TrainingError):
 
 
 class CommitLostError(TrainingError):
-    """All copies of a commit are lost with their executors; only a checkpoint helps."""
+    """All copies of a commit are lost with their executors; only a checkpoint helps.
+
+    Its attribute `block` is Spark's name of the lost one.
+    """
 
 
 class CheckpointError(TFSparkError, RuntimeError):

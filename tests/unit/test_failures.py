@@ -1,6 +1,8 @@
 """Errors through the text that Spark hands to the driver."""
 
+import base64
 import errno
+import json
 import pickle
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import tfspark
 from tfspark.data.failures import (
     TaskFailure,
     _located,
+    carried,
     decoded,
     driver_errors,
     encoded,
@@ -24,6 +27,7 @@ from tfspark.errors import (
     TrainingError,
     UserFunctionError,
 )
+from tfspark.sync.control import MAX_LINE_BYTES
 
 
 def test_an_error_survives_as_text():
@@ -38,10 +42,19 @@ def test_an_error_brings_the_log_along():
     assert str(error) == "[rank 1] Rule.\nThe last lines of its executor's log:\n  | one\n  | two"
 
 
-def test_other_classes_are_not_made():
-    import base64
-    import json
+@pytest.mark.parametrize("character", ["a", "é", "😀", "\udc80", '"'])
+def test_an_error_of_any_length_fits_into_a_control_message(character):
+    message = "begin" + character * 100_000 + "end"
+    error = TrainingError(message, rank=1, path=character * 5000)
+    text = carried(encoded(error, [character * 200] * 15))
+    assert len(json.dumps({"error": text})) < MAX_LINE_BYTES
+    same = decoded(text)
+    shown = character.encode(errors="replace").decode()
+    assert same.message.startswith(f"begin{shown}") and f"{shown}end" in same.message
+    assert "[92008 characters are left out here]" in same.message and same.rank == 1
 
+
+def test_other_classes_are_not_made():
     for name in ("annotations", "Any", "TFSparkErrors"):
         content = json.dumps([name, "message", {}, []]).encode()
         assert (
@@ -183,3 +196,4 @@ def test_a_failed_job_is_one_error_without_java(said, meant):
     with pytest.raises(TrainingError, match=meant) as caught, driver_errors():
         raise JavaError(text)
     assert "\tat " not in str(caught.value)
+    assert getattr(caught.value, "block", "rdd_3_0") == "rdd_3_0"

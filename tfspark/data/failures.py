@@ -34,6 +34,11 @@ from tfspark.errors import (
     WorkerLostError,
 )
 
+# Of a message that is carried to the driver. With all characters of four bytes, and the log beside
+# it, it still fits into a control message of a gang.
+_MOST_HEAD, _MOST_TAIL = 2000, 6000
+_MOST_WHERE = 200
+
 _MARK = "tfspark-error:"
 _ENCODED = re.compile(_MARK + r"([A-Za-z0-9+/=]+);")
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
@@ -149,7 +154,8 @@ def _cluster_failure(text: str) -> TrainingError:
         return CommitLostError(
             f"A commit needs one of its copies. Received: none of {lost[1]}, they were lost with "
             "the executors that held them. Train with model_dir=…, and the next optimize() after "
-            "close() goes on from the newest checkpoint there."
+            "close() goes on from the newest checkpoint there.",
+            block=lost[1],
         )
     said = text[text.find("SparkException") :].split("\n\tat ")[0]
     return SparkJobError(f"Spark could not finish a job. Received: {said.strip()}")
@@ -163,11 +169,27 @@ def encoded(error: TFSparkError, log: Sequence[str] = ()) -> str:
         log: the last lines of the log where it was raised.
     """
     where = {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value)
+        name: value if isinstance(value, (int, float, bool)) else str(value)[:_MOST_WHERE]
         for name, value in error.where.items()
     }
-    content = json.dumps([type(error).__name__, error.message, where, list(log)])
-    return f"{error}\n{_MARK}{base64.b64encode(content.encode()).decode()};"
+    parts = [type(error).__name__, _shortened(error.message), where, list(log)]
+    content = json.dumps(parts, ensure_ascii=False).encode(errors="replace")
+    return f"{error}\n{_MARK}{base64.b64encode(content).decode()};"
+
+
+def carried(text: str) -> str:
+    """What `decoded` needs of a text that holds an error: a few ten thousand bytes at most."""
+    found = _ENCODED.search(text)
+    return found.group() if found else ""
+
+
+def _shortened(message: str) -> str:
+    """A message without the middle of what nobody reads to the end: a graph, a row."""
+    missing = len(message) - _MOST_HEAD - _MOST_TAIL
+    if missing <= 0:
+        return message
+    gap = f"\n[{missing} characters are left out here]\n"
+    return message[:_MOST_HEAD] + gap + message[-_MOST_TAIL:]
 
 
 def decoded(text: str) -> TFSparkError | None:

@@ -32,8 +32,9 @@ from typing import Any
 from pyspark import Broadcast, SparkContext, StorageLevel
 from pyspark.rdd import RDD
 
-from tfspark.data.failures import TaskFailure, decoded, reporting
+from tfspark.data.failures import TaskFailure, carried, decoded, reporting
 from tfspark.errors import (
+    CommitLostError,
     PeerLostError,
     SparkJobError,
     StoreLostError,
@@ -43,7 +44,6 @@ from tfspark.errors import (
 )
 from tfspark.sync import wire
 from tfspark.sync.carriers import Carrier, state_of, through_spark
-from tfspark.sync.control import MAX_LINE_BYTES
 from tfspark.sync.early_rank import EarlyRank
 from tfspark.sync.engine import RoundPlan, RoundResult, Run, SlotsChanged, StepRecord
 from tfspark.sync.gang_rank import GangRank, Patience
@@ -216,7 +216,9 @@ class GangEngine(ShuffleEngine):
     ) -> TFSparkError:
         """What the first rank that failed said; Spark reports any one of them."""
         assert self._handles is not None
-        if f"rdd_{self._handles.id()}_" in str(error):
+        # The block is looked at, never the message: it may quote a log that names any block.
+        lost = error.block if isinstance(error, CommitLostError) else ""
+        if lost.startswith(f"rdd_{self._handles.id()}_"):
             return StoreLostError(
                 "Every rank needs the handle of its store. Received: one that was lost with its "
                 "executor. It is written anew."
@@ -281,8 +283,7 @@ class _Round:
             except TaskFailure as failure:
                 text = str(failure)
                 with suppress(TrainingError):  # the driver is gone: then nobody wants to know
-                    if len(text) < MAX_LINE_BYTES // 2:
-                        member.report({"error": text})
+                    member.report({"error": carried(text)})
                 member.failed(text)
                 raise
             member.done()
