@@ -2,7 +2,9 @@
 
 Each run trains a small model with validations and checkpoints on three executors, and a fault
 strikes it once, at a random moment of its whole life. Then its weights are compared, bit by bit,
-with those of runs that nothing disturbed.
+with those of runs that nothing disturbed, which are taken in turns with the others. A fault that
+stays has to end the run with one clear error; when it is lifted, a new training goes on from the
+newest checkpoint, to the same bits.
 
     python benchmarks/faults.py                                   # two hours; see --help
     python benchmarks/faults.py --cluster standalone --engines gang --faults 20 --out /tmp/faults
@@ -15,177 +17,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import random
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+
+import reliability
+from fault_bench import CLUSTERS, ENGINES, STEPS, Bench, Trained, bench_on
+from fault_kinds import Fault, Lasting, Scene, name_of
 
 HERE = Path(__file__).resolve().parent
-SUPPORT = HERE.parent / "tests/support"  # the same clusters and faults as those of the tests
-sys.path[:0] = [str(SUPPORT), str(HERE)]
 
-import reliability  # noqa: E402
+UNDISTURBED = 4
+"""Runs without a fault before the first one with a fault."""
 
-ENGINES = ("gang", "shuffle")
-CLUSTERS = ("local-cluster", "standalone")
-RANKS = 3
-STEPS = {"gang": 900, "shuffle": 60}
-DISK_MB = 512
-MOST_RUN_S = 300.0
+UNDISTURBED_EVERY = 6
+"""One of so many runs after that has no fault, so that times are compared within minutes."""
+
+LASTING_TIMES = 2
+"""Runs of each fault that stays, on each cluster, by each engine."""
+
+MOST_RUN_S = 600.0
 """A run that has not ended after so long hangs."""
-
-_FOLDER_OF_FAULTS = SUPPORT / "faults"
-
-
-@dataclass
-class Scene:
-    """Where a fault strikes.
-
-    Attributes:
-        processes: the module `spark_app`, which finds and kills them.
-        hosts: of a standalone cluster; None on a local one.
-        order: the file by which code of the workers is told to fail.
-        disk: the file system that executors write to, where it is a small one of its own.
-        random: of this run.
-        ended: set when the run has ended.
-    """
-
-    processes: Any
-    hosts: Any
-    order: Path
-    disk: Path | None
-    random: random.Random
-    ended: threading.Event
-
-    def command(self, order: str) -> str:
-        """Tells the code of workers or driver to fail once."""
-        temporary = self.order.with_suffix(".new")
-        temporary.write_text(order)
-        temporary.rename(self.order)
-        return order
-
-    def pause(self, least_s: float, most_s: float) -> float:
-        """Waits at random; less where the run ends."""
-        seconds = self.random.uniform(least_s, most_s)
-        self.ended.wait(seconds)
-        return seconds
-
-
-def kill_python(scene: Scene) -> str:
-    """A Python worker dies, or what workers are forked from."""
-    victim = scene.random.choice(scene.processes.python_workers())
-    scene.processes.kill(victim)
-    return f"process {victim}"
-
-
-def kill_executor(scene: Scene) -> str:
-    """An executor's JVM dies."""
-    victim = scene.random.choice(scene.processes.executors())
-    scene.processes.kill(victim)
-    return f"process {victim}"
-
-
-def kill_host(scene: Scene) -> str:
-    """A host dies with all that runs there; another one takes its place some seconds later."""
-    host = scene.random.choice(scene.hosts.hosts)
-    host.kill()
-    scene.hosts.hosts.remove(host)
-    seconds = scene.random.uniform(1, 10)
-    time.sleep(seconds)  # also if the run has ended: the next one needs the host
-    scene.hosts.add_host()
-    return f"{host.name}, replaced after {seconds:.1f} s"
-
-
-def stop_python(scene: Scene) -> str:
-    """A Python worker is stopped for a while."""
-    return _stop(scene, scene.random.choice(scene.processes.python_workers()))
-
-
-def stop_executor(scene: Scene) -> str:
-    """An executor's JVM is stopped for a while."""
-    return _stop(scene, scene.random.choice(scene.processes.executors()))
-
-
-def _stop(scene: Scene, victim: int) -> str:
-    try:
-        os.kill(victim, signal.SIGSTOP)
-    except ProcessLookupError:
-        return "ended before"
-    seconds = scene.random.uniform(0.5, 8)
-    time.sleep(seconds)
-    try:
-        os.kill(victim, signal.SIGCONT)
-    except ProcessLookupError:
-        return f"process {victim}, gone within {seconds:.1f} s"
-    return f"process {victim} for {seconds:.1f} s"
-
-
-def fill_disk(scene: Scene) -> str:
-    """The disk of the executors is full for a while."""
-    assert scene.disk is not None
-    ballast = scene.disk / "ballast"
-    subprocess.run(
-        ["dd", "if=/dev/zero", f"of={ballast}", "bs=1M"], stderr=subprocess.DEVNULL, check=False
-    )
-    seconds = scene.pause(0.5, 5)
-    ballast.unlink()
-    return f"for {seconds:.1f} s"
-
-
-def cut_network(scene: Scene) -> str:
-    """The cable of a host is pulled for a while: packets are lost without a word."""
-    host = scene.random.choice(scene.hosts.hosts)
-    with host.cut():
-        seconds = scene.random.uniform(0.5, 15)
-        time.sleep(seconds)
-    return f"{host.name} for {seconds:.1f} s"
-
-
-def drop_connection(scene: Scene) -> str:
-    """A connection between two ranks breaks."""
-    return scene.command("drop")
-
-
-def delay_transport(scene: Scene) -> str:
-    """A rank's messages are late."""
-    return scene.command(f"delay {scene.random.uniform(0.5, 8):.1f}")
-
-
-def raise_once(scene: Scene) -> str:
-    """A function of the user raises."""
-    return scene.command("raise")
-
-
-def fail_checkpoint(scene: Scene) -> str:
-    """A write of a checkpoint fails, at one of its steps, on an executor or the driver."""
-    where = scene.random.choice(["driver", "executor"])
-    step = scene.random.choice(["makedirs", "open", "fsync", "replace"])
-    return scene.command(f"files {where} {step}")
-
-
-Fault: TypeAlias = Callable[[Scene], str]
-ANYWHERE: tuple[Fault, ...] = (
-    kill_python,
-    kill_executor,
-    stop_python,
-    stop_executor,
-    raise_once,
-    fail_checkpoint,
-)
-ON_HOSTS: tuple[Fault, ...] = (kill_host, cut_network)
-ON_SOCKETS: tuple[Fault, ...] = (drop_connection, delay_transport)
 
 
 @dataclass
@@ -195,10 +54,12 @@ class Run:
     Attributes:
         cluster, engine, seed: which.
         fault, moment_s, details: what struck it when; empty of an undisturbed one.
+        stays: whether the fault stayed until the run had ended.
         struck: whether the fault came before the end, and if ordered was obeyed.
         seconds: from making the optimizer to the weights.
-        digest: of the weights.
+        digest: of the weights; after a fault that stayed, of those of the training that went on.
         error: that left `optimize`, or "".
+        error_s: from the strike to the error.
         redone_steps: that the engine took again, as far as it told of them.
         decisions: of the failure policy.
     """
@@ -209,183 +70,84 @@ class Run:
     fault: str = ""
     moment_s: float = 0.0
     details: str = ""
+    stays: bool = False
     struck: bool = False
     seconds: float = 0.0
     digest: str = ""
     error: str = ""
+    error_s: float = 0.0
     redone_steps: int = 0
     decisions: list[str] = field(default_factory=list)
 
 
-class Trained:
-    """A training of the small model that all runs are of.
-
-    Args:
-        app: the module `spark_app`.
-        context: of Spark.
-        engine, model_dir: of the training.
-    """
-
-    def __init__(self, app: Any, context: Any, engine: str, model_dir: str):
-        from tfspark import FailurePolicy
-
-        self._app, self._steps = app, STEPS[engine]
-        self._model, self._training = app.optimizer(
-            context,
-            "dense",
-            sizes=(20, 13, 11),
-            engine=engine,
-            model_dir=model_dir,
-            val_rdd=context.parallelize([0], 1).flatMap(app.Rows("dense", (20,))),
-            metrics=["accuracy"],
-            failure_policy=FailurePolicy(user_retries=60),
-        )
-
-    def take_steps(self, number: int) -> None:
-        """Trains on, with a validation and a checkpoint now and then."""
-        from tfspark import MaxIteration, SeveralIteration, TriggerOr
-
-        end = TriggerOr(MaxIteration(self.step + number), self._app.Sulky(os.getpid()))
-        save, validate = SeveralIteration(self._steps // 3), SeveralIteration(self._steps // 4)
-        self._training.optimize(end, save, validate)
-
-    @property
-    def step(self) -> int:
-        """Finished steps."""
-        return self._training.step
-
-    @property
-    def redone_steps(self) -> int:
-        """Steps taken again, as far as the engine told of them."""
-        running = self._training._training
-        return running.loop.redone_steps if running else 0
-
-    def digest(self) -> str:
-        """Of the weights."""
-        return self._app.digest(self._model)
-
-    def close(self) -> None:
-        """Frees what it holds in Spark."""
-        self._training.close()
+def undisturbed_run(bench: Bench, run: Run) -> None:
+    """One training that nothing strikes."""
+    model_dir = _begin(bench)
+    _train(bench, run, model_dir)
+    shutil.rmtree(model_dir)
 
 
-class Bench:
-    """A cluster with trainings on it, undisturbed and disturbed.
-
-    Args:
-        cluster: its name.
-        folder: for checkpoints.
-        context: of Spark.
-        hosts: of a standalone cluster, or None.
-        disk: the file system of the executors, where it is a small one.
-    """
-
-    def __init__(self, cluster: str, folder: Path, context: Any, hosts: Any, disk: Path | None):
-        import spark_app
-
-        self._app = spark_app
-        self._cluster, self._folder, self._context = cluster, folder, context
-        self._hosts, self._disk = hosts, disk
-        self._order = Path(os.environ["TFSPARK_ORDER"])
-        self._lines: list[str] = []
-        logging.getLogger("tfspark").addHandler(_Kept(self._lines))
-
-    def faults(self, engine: str) -> list[Fault]:
-        """Those that this cluster and machine allow."""
-        found = list(ANYWHERE)
-        if self._hosts is not None:
-            found += [fault for fault in ON_HOSTS if fault is kill_host or self._hosts.namespaces]
-        if self._disk is not None:
-            found.append(fill_disk)
-        if engine == "gang":
-            found += ON_SOCKETS
-        return found
-
-    def trained(self, engine: str, model_dir: str) -> Trained:
-        """A new training, once all executors are there."""
-        self._app.wait_for(self._is_whole, 120)
-        return Trained(self._app, self._context, engine, model_dir)
-
-    def scene(self, draw: random.Random, ended: threading.Event) -> Scene:
-        """Where faults strike until the end."""
-        self._order.unlink(missing_ok=True)
-        return Scene(self._app, self._hosts, self._order, self._disk, draw, ended)
-
-    def decisions(self) -> list[str]:
-        """Of the failure policy, since this was asked last."""
-        found = [line for line in self._lines if line.startswith("Failure policy")]
-        self._lines.clear()
-        return found
-
-    def look(self) -> dict[str, float]:
-        """What all processes of the application take, as of now."""
-        runtime = self._context._jvm.java.lang.Runtime.getRuntime()
-        here, jvm = os.getpid(), self._app.driver_jvm()
-        workers = [_anonymous_mb(process) for process in self._app.python_workers()]
-        return {
-            "driver_mb": _anonymous_mb(here),
-            "heap_mb": (runtime.totalMemory() - runtime.freeMemory()) / 2**20,
-            "workers_mb": max(workers, default=0.0),
-            "workers": len(workers),
-            "disk_mb": _disk_mb(self._disk or self._folder),
-            "descriptors": sum(len(os.listdir(f"/proc/{each}/fd")) for each in (here, jvm)),
-            "threads": len(os.listdir(f"/proc/{here}/task")),
-        }
-
-    def run(self, engine: str, seed: int, typical_s: float | None) -> Run:
-        """One training; with a fault at a random moment of its typical length, if that is given."""
-        from tfspark.errors import TFSparkError
-
-        draw, ended = random.Random(f"{engine} {seed}"), threading.Event()
-        run, scene, striker = Run(self._cluster, engine, seed), self.scene(draw, ended), None
-        self._app.wait_for(self._is_whole, 120)
-        self.decisions()
-        started = time.monotonic()
-        if typical_s is not None:
-            fault = draw.choice(self.faults(engine))
-            run.fault, run.moment_s = name_of(fault), draw.uniform(0, typical_s)
-            striker = threading.Thread(target=_strike, args=(fault, scene, run), daemon=True)
-            striker.start()
-        model_dir = tempfile.mkdtemp(dir=self._folder)
-        try:
-            training = self.trained(engine, model_dir)
-            try:
-                training.take_steps(STEPS[engine])
-                run.digest = training.digest()
-            finally:
-                run.redone_steps = training.redone_steps
-                training.close()
-        except TFSparkError as error:
-            run.error = f"{type(error).__name__}: {error}"
-        run.seconds = time.monotonic() - started
-        ended.set()
-        if striker is not None:
-            striker.join(60)
-        run.struck &= not self._order.exists()  # if it does, nobody came by
-        run.decisions = self.decisions()
-        shutil.rmtree(model_dir)
-        return run
-
-    def _is_whole(self) -> bool:
-        from tfspark.slots import registered_slots
-
-        return registered_slots(self._context) >= RANKS and len(self._app.executors()) >= RANKS
+def disturbed_run(bench: Bench, run: Run, within_s: float) -> None:
+    """One training with a fault at a random moment within so many seconds."""
+    draw, ended = random.Random(f"{run.engine} {run.seed}"), threading.Event()
+    fault = draw.choice(bench.faults(run.engine))
+    run.fault, run.moment_s = name_of(fault), draw.uniform(0, within_s)
+    scene, model_dir = bench.scene(draw, ended), _begin(bench)
+    striker = threading.Thread(target=_strike, args=(fault, scene, run), daemon=True)
+    striker.start()
+    _train(bench, run, model_dir)
+    ended.set()
+    striker.join(60)
+    run.struck &= not scene.order.exists()  # if it does, nobody came by
+    shutil.rmtree(model_dir)
 
 
-class _Kept(logging.Handler):
-    """Keeps the lines of a log."""
+def lasting_run(bench: Bench, run: Run, fault: Lasting, within_s: float) -> None:
+    """One training with a fault that stays, and another one that goes on when it is lifted."""
+    draw, ended = random.Random(f"{run.engine} {run.seed} {fault}"), threading.Event()
+    run.fault, run.stays, run.moment_s = name_of(fault), True, draw.uniform(0, within_s)
+    scene, model_dir = bench.scene(draw, ended), _begin(bench)
+    lifted = threading.Event()
+    striker = threading.Thread(target=_stay, args=(fault, scene, run, lifted), daemon=True)
+    striker.start()
+    started = time.monotonic()
+    _train(bench, run, model_dir)
+    ended.set()
+    run.error_s = time.monotonic() - started - run.moment_s if run.error else 0.0
+    lifted.set()
+    striker.join(120)
+    if run.error:
+        bench.wait_until_whole()
+        rest = Run(run.cluster, run.engine, run.seed)
+        _train(bench, rest, model_dir)
+        run.digest = rest.digest
+        run.error += f"\n\nThen: {rest.error}" if rest.error else ""
+    shutil.rmtree(model_dir)
 
-    def __init__(self, lines: list[str]):
-        super().__init__()
-        self._lines = lines
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(record.getMessage())
+def _begin(bench: Bench) -> str:
+    bench.wait_until_whole()
+    bench.decisions()
+    return bench.new_folder()
 
 
-def name_of(fault: Fault) -> str:
-    """As it is called in tables."""
-    return fault.__name__.replace("_", " ")
+def _train(bench: Bench, run: Run, model_dir: str) -> None:
+    from tfspark.errors import TFSparkError
+
+    training: Trained | None = None
+    started = time.monotonic()
+    try:
+        training = bench.trained(run.engine, model_dir)
+        training.train_to(STEPS[run.engine])
+        run.digest = training.digest()
+    except TFSparkError as error:
+        run.error = f"{type(error).__name__}: {error}"
+    finally:
+        if training is not None:
+            run.redone_steps = training.redone_steps
+            training.close()
+    run.seconds = time.monotonic() - started
+    run.decisions = bench.decisions()
 
 
 def _strike(fault: Fault, scene: Scene, run: Run) -> None:
@@ -394,116 +156,14 @@ def _strike(fault: Fault, scene: Scene, run: Run) -> None:
         run.details = fault(scene)
 
 
-def _anonymous_mb(process: int) -> float:
-    try:
-        with open(f"/proc/{process}/status") as status:
-            found = [line for line in status if line.startswith("RssAnon")]
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0  # it ended meanwhile
-    return int(found[0].split()[1]) / 1024 if found else 0.0
-
-
-def _disk_mb(folder: Path) -> float:
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.path.getsize(os.path.join(root, name))
-    return total / 2**20
-
-
-@contextmanager
-def bench_on(cluster: str) -> Iterator[Bench]:
-    """A cluster of three executors with a bench on it; all of it is gone after the block."""
-    with ExitStack() as undo:
-        folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tfspark-faults-")))
-        disk = undo.enter_context(small_disk(folder / "disk"))
-        os.environ["TFSPARK_ORDER"] = str(folder / "order")
-        paths = [_FOLDER_OF_FAULTS, SUPPORT, HERE.parent, os.environ.get("PYTHONPATH")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
-        os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["TF_NUM_INTEROP_THREADS"] = "1"
-        sys.path.insert(0, str(_FOLDER_OF_FAULTS))
-        import sitecustomize  # noqa: F401  (wraps what of tfspark is imported after it)
-        import spark_app
-        import standalone
-
-        settings: dict[str, Any] = {"cores__max": RANKS, "executor__memory": "768m"}
-        hosts, master = None, f"local-cluster[{RANKS},1,1024]"
-        if disk is not None:
-            settings["local__dir"] = str(disk)
-        if cluster == "standalone":
-            namespaces = standalone.can_make_namespaces()
-            hosts = undo.enter_context(
-                standalone.standalone(folder, RANKS, namespaces=namespaces, memory="1g")
-            )
-            master = hosts.url
-            os.environ["SPARK_LOCAL_IP"] = hosts.address
-            settings |= {"driver__host": hosts.address, "driver__bindAddress": hosts.address}
-            # A host whose cable was pulled is given up in time for a run to see it.
-            settings |= {"network__timeout": "20s", "network__timeoutInterval": "5s"}
-            settings |= {"executor__heartbeatInterval": "2s"}
-        context = undo.enter_context(spark_app.application(master, **settings))
-        yield Bench(cluster, folder, context, hosts, disk)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of its own, small enough to be filled; None where this cannot be made."""
-    folder.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(folder)]
-    made = (
-        shutil.which("mount")
-        and not subprocess.run(options, capture_output=True, check=False).returncode
-    )
-    try:
-        yield folder if made else None
-    finally:
-        if made:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
+def _stay(fault: Lasting, scene: Scene, run: Run, lifted: threading.Event) -> None:
+    if not scene.ended.wait(run.moment_s):
+        run.struck = True
+        with fault(scene) as run.details:
+            lifted.wait()
 
 
 # What came of it
-
-
-def table(runs: Sequence[Run]) -> str:
-    """Faults by kind: how many, survived, steps redone, seconds lost."""
-    lines = [
-        "| engine | fault | struck | same bits | error | steps redone (median, worst) "
-        "| seconds lost (median, worst) |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for engine in dict.fromkeys(run.engine for run in runs):
-        own = [run for run in runs if run.engine == engine]
-        struck = [run for run in own if run.struck]
-        for kind in [*sorted({run.fault for run in struck}), None]:
-            some = [run for run in struck if kind in (None, run.fault)]
-            if not some:
-                continue
-            lost = [run.seconds - typical_seconds(own, run.cluster) for run in some]
-            redone = [run.redone_steps for run in some]
-            right = sum(is_right(run, own) for run in some)
-            name = "**all**" if kind is None else kind
-            lines.append(
-                f"| {engine} | {name} | {len(some)} | {right} | "
-                f"{sum(bool(run.error) for run in some)} | {statistics.median(redone):.0f}, "
-                f"{max(redone)} | {statistics.median(lost):.1f}, {max(lost):.1f} |"
-            )
-    return "\n".join(lines)
-
-
-def undisturbed(runs: Sequence[Run], cluster: str) -> list[Run]:
-    """Those without a fault."""
-    return [run for run in runs if run.cluster == cluster and not run.fault]
-
-
-def typical_seconds(runs: Sequence[Run], cluster: str) -> float:
-    """Of an undisturbed run; the first one starts workers and is passed over."""
-    return statistics.median(run.seconds for run in undisturbed(runs, cluster)[1:])
-
-
-def is_right(run: Run, runs: Sequence[Run]) -> bool:
-    """Whether its weights are those of the undisturbed runs."""
-    return {run.digest} == {other.digest for other in undisturbed(runs, run.cluster)}
 
 
 class Results:
@@ -526,20 +186,140 @@ class Results:
         self._path.write_text(json.dumps([asdict(each) for each in self.runs], indent=1))
 
 
-def measure(bench: Bench, cluster: str, engine: str, faults: int, seed: int, out: Results) -> None:
-    """Undisturbed runs, then so many that a fault has struck."""
-    while len(undisturbed(out.of(cluster, engine), cluster)) < 4:
-        run = bench.run(engine, seed, None)
-        out.add(run)
+def undisturbed(runs: Sequence[Run]) -> list[Run]:
+    """Those without a fault; the first one starts workers and is passed over."""
+    return [run for run in runs if not run.fault][1:]
+
+
+def is_right(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether its weights are those of the undisturbed ones among the runs."""
+    return {run.digest} == {other.digest for other in undisturbed(runs)}
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Faults of one cluster that pass, by kind: how many, survived, steps redone, seconds lost."""
+    lines = [
+        "| engine | fault | struck | same bits | error | steps redone (median, worst) "
+        "| seconds lost (median, worst) |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for engine, own, struck in _by_engine(runs, stays=False):
+        typical_s = statistics.median(run.seconds for run in undisturbed(own))
+        for kind, some in _by_kind(struck):
+            lost = [run.seconds - typical_s for run in some]
+            redone = [run.redone_steps for run in some]
+            lines.append(
+                f"| {engine} | {kind} | {len(some)} | {sum(is_right(run, own) for run in some)} | "
+                f"{sum(bool(run.error) for run in some)} | {statistics.median(redone):.0f}, "
+                f"{max(redone)} | {statistics.median(lost):.1f}, {max(lost):.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def lasting_table(runs: Sequence[Run]) -> str:
+    """Faults of one cluster that stay, by kind: errors, seconds to them, and what went on."""
+    lines = [
+        "| engine | fault that stays | struck | ended with | ended well before it mattered "
+        "| seconds to the error (median, worst) | went on to the same bits |",
+        "|---|---|---:|---|---:|---:|---:|",
+    ]
+    for engine, own, struck in _by_engine(runs, stays=True):
+        for kind, some in _by_kind(struck):
+            failed = [run for run in some if run.error]
+            names = sorted({run.error.split(":")[0] for run in failed})
+            seconds = [run.error_s for run in failed] or [0.0]
+            lines.append(
+                f"| {engine} | {kind} | {len(some)} | {', '.join(names)} | "
+                f"{len(some) - len(failed)} | {statistics.median(seconds):.1f}, "
+                f"{max(seconds):.1f} | {sum(is_right(run, own) for run in some)} |"
+            )
+    return "\n".join(lines)
+
+
+def _by_engine(runs: Sequence[Run], stays: bool) -> list[tuple[str, list[Run], list[Run]]]:
+    found = []
+    for engine in dict.fromkeys(run.engine for run in runs):
+        own = [run for run in runs if run.engine == engine]
+        found.append((engine, own, [run for run in own if run.struck and run.stays == stays]))
+    return found
+
+
+def _by_kind(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    kinds = sorted({run.fault for run in runs})
+    found = [(kind, [run for run in runs if run.fault == kind]) for kind in kinds]
+    return [*found, ("**all**", list(runs))] if runs else []
+
+
+def page(runs: Sequence[Run]) -> str:
+    """All tables."""
+    parts = []
+    for cluster in CLUSTERS:
+        own = [run for run in runs if run.cluster == cluster]
+        if own:
+            parts += [f"On `{cluster}`:", table(own)]
+        if any(run.stays for run in own):
+            parts.append(lasting_table(own))
+    return "\n\n".join(parts)
+
+
+# How it is measured
+
+
+class Measurement:
+    """Runs of an engine on a cluster, as many as were asked for.
+
+    Args:
+        bench: the cluster.
+        cluster, engine: which.
+        seed: of the first run.
+        results: where runs are kept; what is there is not done again.
+    """
+
+    def __init__(self, bench: Bench, cluster: str, engine: str, seed: int, results: Results):
+        self._bench, self._cluster, self._engine = bench, cluster, engine
+        self._seed, self._results = seed, results
+
+    def undisturbed(self) -> None:
+        """The first runs, without a fault."""
+        while len(undisturbed(self._mine())) < UNDISTURBED - 1:
+            self._take(self._seed, undisturbed_run)
+
+    def passing(self, faults: int) -> None:
+        """Until so many a fault that passes has struck."""
+        done = {run.seed for run in self._mine() if run.fault and not run.stays}
+        seed = self._seed
+        while sum(run.struck for run in self._mine() if not run.stays) < faults:
+            seed += 1
+            if seed in done:
+                continue
+            self._take(seed, lambda bench, run: disturbed_run(bench, run, self._shortest_s()))
+            if seed % UNDISTURBED_EVERY == 0:
+                self._take(seed, undisturbed_run)
+
+    def lasting(self, times: int) -> None:
+        """Each fault that stays, so many times."""
+        for fault in self._bench.lasting_faults():
+            done = [run for run in self._mine() if run.stays and run.fault == name_of(fault)]
+            for number in range(len(done), times):
+                # At most half of a run: later nothing may need what is broken.
+                self._take(
+                    self._seed + number,
+                    lambda bench, run, fault=fault: lasting_run(  # type: ignore[misc]
+                        bench, run, fault, self._shortest_s() / 2
+                    ),
+                )
+
+    def _mine(self) -> list[Run]:
+        return self._results.of(self._cluster, self._engine)
+
+    def _shortest_s(self) -> float:
+        return min(run.seconds for run in undisturbed(self._mine()))
+
+    def _take(self, seed: int, make: Callable[[Bench, Run], None]) -> None:
+        run = Run(self._cluster, self._engine, seed)
+        make(self._bench, run)
+        self._results.add(run)
         say(run)
-    typical_s = typical_seconds(out.of(cluster, engine), cluster)
-    done = {run.seed for run in out.of(cluster, engine) if run.fault}
-    while sum(run.struck for run in out.of(cluster, engine)) < faults:
-        seed += 1
-        if seed not in done:
-            run = bench.run(engine, seed, typical_s)
-            out.add(run)
-            say(run)
 
 
 def say(run: Run) -> None:
@@ -548,7 +328,7 @@ def say(run: Run) -> None:
         f"{time.strftime('%H:%M:%S')} {run.cluster} {run.engine} {run.seed}: "
         f"{run.fault or 'undisturbed'} {run.details} at {run.moment_s:.1f} s"
         f"{'' if run.struck or not run.fault else ' (missed)'}: {run.seconds:.1f} s, "
-        f"{run.digest[:8] or run.error[:200]}, {len(run.decisions)} decisions",
+        f"{run.digest[:8]} {run.error[:200]}, {len(run.decisions)} decisions",
         flush=True,
     )
 
@@ -561,23 +341,25 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--cluster", choices=CLUSTERS, help="one only (both)")
     parser.add_argument("--faults", type=int, default=50, help="of each engine and cluster (50)")
+    parser.add_argument(
+        "--lasting", type=int, default=LASTING_TIMES, help="runs of each fault that stays (2)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="keep what the folder has")
     parser.add_argument("--table-only", action="store_true", help="from the folder's JSON")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     results = Results(options.out / "faults.json", options.resume or options.table_only)
-    threading.Thread(target=_end_if_it_hangs, args=(results,), daemon=True).start()
     if not options.table_only:
+        threading.Thread(target=_end_if_it_hangs, args=(results,), daemon=True).start()
         for cluster in [options.cluster] if options.cluster else CLUSTERS:
             with bench_on(cluster) as bench:
                 for engine in options.engines:
-                    measure(bench, cluster, engine, options.faults, options.seed, results)
-    text = "\n\n".join(
-        f"On `{cluster}`:\n\n{table([run for run in results.runs if run.cluster == cluster])}"
-        for cluster in CLUSTERS
-        if any(run.cluster == cluster for run in results.runs)
-    )
+                    measurement = Measurement(bench, cluster, engine, options.seed, results)
+                    measurement.undisturbed()
+                    measurement.passing(options.faults)
+                    measurement.lasting(options.lasting)
+    text = page(results.runs)
     print(text)
     if options.out == HERE / "results":
         reliability.write_page(options.out, faults=text)

@@ -6,6 +6,7 @@ processes are looked at.
 
     python benchmarks/soak.py                             # an hour for each engine
     python benchmarks/soak.py --engines gang --minutes 10 --out /tmp/soak
+    python benchmarks/soak.py --engines gang              # the other one stays as it was
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import faults
 import reliability
+from fault_bench import ENGINES, STEPS, Bench, Trained, bench_on
+from fault_kinds import name_of
 
 from tfspark.errors import TFSparkError
 
@@ -97,11 +99,12 @@ class Soak:
     error: str = ""
 
 
-def soak(bench: faults.Bench, engine: str, minutes: float, seed: int, folder: Path) -> Soak:
+def soak(bench: Bench, engine: str, minutes: float, seed: int, folder: Path) -> Soak:
     """Trains for so long under faults."""
     result = Soak(engine)
     ended = threading.Event()
     started = time.monotonic()
+    bench.wait_until_whole()
     training = bench.trained(engine, str(folder / f"soak-{engine}"))
     striker = threading.Thread(
         target=_strike, args=(bench, engine, seed, result, ended, started), daemon=True
@@ -114,7 +117,7 @@ def soak(bench: faults.Bench, engine: str, minutes: float, seed: int, folder: Pa
     try:
         # The clock is asked between rounds, by the driver alone, so that the steps are a number.
         while time.monotonic() - started < minutes * 60:
-            training.take_steps(faults.STEPS[engine])
+            training.train_to(training.step + STEPS[engine])
         result.digest = training.digest()
     except TFSparkError as error:
         result.error = f"{type(error).__name__}: {error}"
@@ -124,15 +127,16 @@ def soak(bench: faults.Bench, engine: str, minutes: float, seed: int, folder: Pa
     steps = training.step
     training.close()
     result.decisions = bench.decisions()
+    bench.wait_until_whole()
     undisturbed = bench.trained(engine, str(folder / f"undisturbed-{engine}"))
-    undisturbed.take_steps(steps)
+    undisturbed.train_to(steps)
     result.expected = undisturbed.digest()
     undisturbed.close()
     return result
 
 
 def _strike(
-    bench: faults.Bench,
+    bench: Bench,
     engine: str,
     seed: int,
     result: Soak,
@@ -144,13 +148,13 @@ def _strike(
     while not ended.wait(FAULT_EVERY_S):
         fault = draw.choice(bench.faults(engine))
         at = time.monotonic() - started
-        result.faults.append((at, faults.name_of(fault), fault(scene)))
+        result.faults.append((at, name_of(fault), fault(scene)))
         print(f"{at:6.0f} s {engine}: {' '.join(result.faults[-1][1:])}", flush=True)
 
 
 def _look(
-    bench: faults.Bench,
-    training: faults.Trained,
+    bench: Bench,
+    training: Trained,
     result: Soak,
     ended: threading.Event,
     started: float,
@@ -252,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", nargs="+", choices=faults.ENGINES, default=faults.ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--minutes", type=float, default=60.0, help="of each engine (60)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot-only", action="store_true", help="from the folder's JSON")
@@ -261,15 +265,15 @@ def main() -> None:
     if options.minutes < LEAST_MINUTES:
         parser.error(f"growth takes {LEAST_MINUTES:g} minutes to see, not {options.minutes:g}")
     path = options.out / "soak.json"
-    if options.plot_only:
-        soaks = [read(each) for each in json.loads(path.read_text())]
-    else:
-        soaks = []
-        with faults.bench_on("local-cluster") as bench, tempfile.TemporaryDirectory() as folder:
+    found = [read(each) for each in json.loads(path.read_text())] if path.exists() else []
+    by_engine = {each.engine: each for each in found}
+    if not options.plot_only:
+        with bench_on("local-cluster") as bench, tempfile.TemporaryDirectory() as folder:
             for engine in options.engines:
-                soaks.append(soak(bench, engine, options.minutes, options.seed, Path(folder)))
+                by_engine[engine] = soak(bench, engine, options.minutes, options.seed, Path(folder))
         options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(each) for each in soaks], indent=1))
+        path.write_text(json.dumps([asdict(each) for each in by_engine.values()], indent=1))
+    soaks = list(by_engine.values())
     text = table(soaks)
     print(text)
     images = HERE.parent / "docs/images" if options.out == HERE / "results" else options.out

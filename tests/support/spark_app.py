@@ -69,18 +69,16 @@ def optimizer(
 
 
 class Sulky(Trigger):
-    """Never fires; raises once on an executor where the order `raise` is given."""
+    """Never fires; raises on an executor where the order `raise` is given."""
 
     def __init__(self, driver: int):
         self.driver = driver
 
     def __call__(self, progress: Any) -> bool:
-        order = os.environ.get("TFSPARK_ORDER", "")
-        if os.getpid() != self.driver and os.path.exists(order):
-            with open(order) as file:
-                asked = file.read() == "raise"
-            if asked:
-                os.unlink(order)
+        if os.getpid() != self.driver:
+            import sitecustomize  # that of the folder `faults`, without which nobody orders
+
+            if sitecustomize.ordered()[:1] == ["raise"] and sitecustomize.taken():
                 raise RuntimeError("The user's function raises.")
         return False
 
