@@ -224,6 +224,8 @@ def bench_on(cluster: str) -> Iterator[Bench]:
             master = hosts.url
             os.environ["SPARK_LOCAL_IP"] = hosts.address
             settings |= {"driver__host": hosts.address, "driver__bindAddress": hosts.address}
+            # tfspark is on every host, which init_nncontext cannot know of a cluster.
+            settings |= {"python__daemon__module": "tfspark.daemon"}
             # A host whose cable was pulled is given up in time for a run to see it.
             settings |= {"network__timeout": "20s", "network__timeoutInterval": "5s"}
             settings |= {"executor__heartbeatInterval": "2s"}

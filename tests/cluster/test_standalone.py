@@ -111,7 +111,7 @@ def test_a_lost_host_costs_speed_and_no_bit(cluster):
 
 def test_without_any_host_there_is_one_error_and_a_checkpoint(cluster):
     kind, message = cluster["all hosts"]
-    assert kind in ("SparkJobError", "CommitLostError")
+    assert kind in ("ClusterError", "CommitLostError")
     assert "\tat " not in message
     assert cluster["all hosts seconds"] < 180
     assert cluster["rerun"] == cluster["nothing"]

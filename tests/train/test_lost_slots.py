@@ -9,9 +9,9 @@ from training import assert_same_bits, classified, differ
 
 from tfspark import FailurePolicy, LeaveOut, MaxIteration, SeveralIteration, TFDataset, TFOptimizer
 from tfspark.errors import (
+    ClusterError,
     CommitLostError,
     InvalidInputError,
-    SparkJobError,
     UserFunctionError,
 )
 from tfspark.train.triggers import Trigger
@@ -24,7 +24,7 @@ def slots(monkeypatch):
     """Tells engines how many slots there are."""
 
     def there(number):
-        for module in ("tfspark.sync.spark_engine", "tfspark.train.training"):
+        for module in ("tfspark.sync.jobs", "tfspark.train.training"):
             monkeypatch.setattr(f"{module}.registered_slots", lambda context: number)
 
     return there
@@ -74,7 +74,7 @@ def test_what_needs_all_ranks_at_once_waits_and_says_so(sc, slots):
         optimizer.optimize(MaxIteration(4))
         kept = model.get_weights()
         slots(2)
-        with pytest.raises(SparkJobError, match=r"all ranks run at the same time.*3 ranks"):
+        with pytest.raises(ClusterError, match=r"all ranks run at the same time.*3 ranks"):
             optimizer.optimize(MaxIteration(12))
         assert_same_bits(model.get_weights(), kept)
         slots(4)

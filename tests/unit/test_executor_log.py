@@ -9,6 +9,7 @@ from tfspark.data.executor_log import last_lines
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LOG_DIRS", raising=False)
+    monkeypatch.setenv("SPARK_EXECUTOR_DIRS", str(tmp_path))
     return tmp_path
 
 
@@ -30,6 +31,25 @@ def test_a_log_of_any_size_and_content_gives_a_few_short_lines(here):
     (here / "stderr").write_bytes(b"\xff" * 100_000 + b"\n" + b"last\n")
     lines = last_lines()
     assert lines[-1] == "last" and len(lines) == 2 and len(lines[0]) == 200
+
+
+def test_chatter_is_passed_over(here):
+    (here / "stderr").write_text(
+        "26/11/28 19:01:38 INFO BlockManager: Found block rdd_518_1 locally\n"
+        "26/11/28 19:01:38 WARN BlockManager: Asked to remove block\n"
+        "I0000 00:00:1795892502.642735   28700 port.cc:153] oneDNN custom operations are on.\n"
+        "printed INFO by the user\n"
+    )
+    assert last_lines() == [
+        "26/11/28 19:01:38 WARN BlockManager: Asked to remove block",
+        "printed INFO by the user",
+    ]
+
+
+def test_a_file_of_the_user_is_no_log(here, monkeypatch):
+    (here / "stderr").write_text("a line of the user\n")
+    monkeypatch.delenv("SPARK_EXECUTOR_DIRS")
+    assert last_lines() == []
 
 
 def test_without_a_log_there_are_no_lines(here):

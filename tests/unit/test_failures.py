@@ -185,6 +185,12 @@ class JavaError(Py4JError):
             "PythonWorkerFactory.stopWorker(PythonWorkerFactory.scala:527)",
             "memoryOverhead",
         ),
+        (
+            "Stage failed because barrier task ResultTask(3, 1) finished unsuccessfully.\norg."
+            "apache.spark.SparkException: EOFException occurred while reading the port number from "
+            "pyspark.daemon's stdout.",
+            "memoryOverhead",
+        ),
         ("Checkpoint block rdd_3_0 not found!", "model_dir"),
         ("Could not compute split, block rdd_3_0 of RDD 7 not found", "none of rdd_3_0.*model_dir"),
         ("Job 7 cancelled because SparkContext was shut down", "one that was stopped"),

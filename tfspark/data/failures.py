@@ -133,10 +133,18 @@ def raise_from_spark(error: Exception) -> NoReturn:
     raise error
 
 
+_LOST_WORKER = (
+    "Python worker exited unexpectedly",
+    # A worker died between two tasks, as did the daemon that made it.
+    "PythonWorkerFactory.stopWorker",
+    # The daemon died as it started.
+    "reading the port number from",
+)
+
+
 def _cluster_failure(text: str) -> TrainingError:
     """What it means, if it was no Python code, that Spark gave a job up."""
-    # The second is said of a worker that died between two tasks, as did the daemon that made it.
-    if "Python worker exited unexpectedly" in text or "PythonWorkerFactory.stopWorker" in text:
+    if any(words in text for words in _LOST_WORKER):
         return WorkerLostError(
             "A Python worker must live as long as its task. Received: one that was killed, and "
             "Spark has used up its attempts. Most often memory ran out: give executors more "

@@ -34,9 +34,9 @@ from pyspark.rdd import RDD
 
 from tfspark.data.failures import TaskFailure, carried, decoded, reporting
 from tfspark.errors import (
+    ClusterError,
     CommitLostError,
     PeerLostError,
-    SparkJobError,
     StoreLostError,
     TFSparkError,
     TrainingError,
@@ -48,13 +48,13 @@ from tfspark.sync.early_rank import EarlyRank
 from tfspark.sync.engine import RoundPlan, RoundResult, Run, SlotsChanged, StepRecord
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.interrupts import run_interruptibly
+from tfspark.sync.jobs import WAIT_FOR_SLOTS_S
 from tfspark.sync.local_steps import LocalRank, patience_with
 from tfspark.sync.meeting import Invitation, MeetingPlace
 from tfspark.sync.member import Member
 from tfspark.sync.messages import state_to_message
 from tfspark.sync.shuffle import ShuffleEngine
 from tfspark.sync.spark_engine import (
-    WAIT_FOR_SLOTS_S,
     Carriers,
     Commit,
     handle_frames,
@@ -143,7 +143,7 @@ class GangEngine(ShuffleEngine):
                         lambda keep: wire.frames(pairs, task(keep), barrier=True), run.num_ranks
                     ),
                     on_interrupt=meeting.interrupt,
-                    cancel=self._cancel,
+                    cancel=self._jobs.cancel,
                     grace_s=min(_GRACE_S + 2 * (self._longest_alone_s or 0.0), _MOST_GRACE_S),
                 )
             except TFSparkError as error:
@@ -170,7 +170,7 @@ class GangEngine(ShuffleEngine):
         assert self._run is not None
         needed, in_stages = self._run.value.num_ranks, self._stage_handles is not None
         # While rounds run in stages nobody waits any more: each looks once.
-        there = self._await_slots(needed, 0.0 if in_stages else self._wait_for_slots_s)
+        there = self._jobs.await_slots(needed, 0.0 if in_stages else self._jobs.wait_for_slots_s)
         if there >= needed and in_stages:
             logger.warning("Rounds run as a gang again: there are %d task slots.", there)
             self._release_stages()
@@ -187,10 +187,10 @@ class GangEngine(ShuffleEngine):
             raise SlotsChanged(there)
         if run.average_every > 1 or run.leave_out is not None:
             needs = f"average_every={run.average_every}, leave_out={run.leave_out}"
-            raise SparkJobError(
+            raise ClusterError(
                 f"With {needs} all ranks run at the same time. Received: fewer task slots than the "
-                f"{run.num_ranks} ranks for {self._wait_for_slots_s:g} s. Give the application "
-                "executors for those that it lost, or let it wait longer "
+                f"{run.num_ranks} ranks for {self._jobs.wait_for_slots_s:g} s. Give the "
+                "application executors for those that it lost, or let it wait longer "
                 "(FailurePolicy(wait_for_slots_s=…))."
             )
         if self._stage_handles is None:

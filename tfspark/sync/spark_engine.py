@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import logging
 import pickle
-import threading
-import time
-import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-from py4j.protocol import Py4JError, Py4JNetworkError
-from pyspark import AccumulatorParam, Broadcast, InheritableThread, SparkContext, StorageLevel
-from pyspark.errors import PySparkException
+from pyspark import AccumulatorParam, Broadcast, SparkContext, StorageLevel
 from pyspark.rdd import RDD
 
 from tfspark.data.batches import evaluation_batches
-from tfspark.data.failures import driver_errors, reporting
+from tfspark.data.failures import reporting
 from tfspark.data.store import Handle
-from tfspark.errors import SparkJobError, StoreLostError
+from tfspark.errors import StoreLostError
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.pure import PureGraph
-from tfspark.slots import in_process, registered_slots
 from tfspark.sync import wire
 from tfspark.sync.carriers import Carrier, state_of, through_spark
 from tfspark.sync.engine import (
@@ -44,20 +38,11 @@ from tfspark.sync.engine import (
     merge_accumulators,
     merge_outcomes,
 )
+from tfspark.sync.jobs import WAIT_FOR_SLOTS_S, Jobs
 from tfspark.sync.messages import state_to_message
 from tfspark.sync.tasks import Scatter, by_source, handle_first, program_of
 
 logger = logging.getLogger("tfspark")
-
-_MOST_CANCELS = 10
-
-WAIT_FOR_SLOTS_S = 30.0
-_LOOK_S = 0.2
-"""Seconds between two looks whether executors are back."""
-
-_FIRST_LOOK_S, _SELDOM_S = 2.0, 5.0
-"""When a job that runs is first asked whether it has executors, and how often then."""
-
 
 Carriers: TypeAlias = Callable[[], AbstractContextManager[Carrier]]
 
@@ -99,7 +84,6 @@ class SparkEngine(Engine):
         carriers: Carriers = through_spark,
         wait_for_slots_s: float = WAIT_FOR_SLOTS_S,
     ):
-        self._wait_for_slots_s = wait_for_slots_s
         self._context = context
         self._source = handles
         self._carriers = carriers
@@ -107,7 +91,7 @@ class SparkEngine(Engine):
         self._handles: RDD | None = None
         self._evaluated: tuple[RDD, RDD] | None = None  # handles as they came, and as frames
         self._commits: list[Commit] = []
-        self._job_tag = f"tfspark-{uuid.uuid4().hex}"
+        self._jobs = Jobs(context, wait_for_slots_s)
         # One for all rounds: PySpark never forgets an accumulator.
         self._news = context.accumulator({}, _LatestByRank())
 
@@ -129,7 +113,7 @@ class SparkEngine(Engine):
 
     def map_states(self, commit: Commit, function: Callable[[Run, RankState], Any]) -> list[Any]:
         assert self._run is not None, "start() comes first"
-        with self._job():
+        with self._jobs.job():
             return commit.frames.mapPartitions(_OnState(self._run, function)).collect()
 
     def collect(
@@ -139,7 +123,7 @@ class SparkEngine(Engine):
         with self._carriers() as carrier:
             task = Select(self._run, select, carrier)
             if carrier.is_light:
-                with self._job():
+                with self._jobs.job():
                     frames = iter(wire.frames(commit.frames, task).collect())
             else:
                 frames = self._one_by_one(commit, task)
@@ -147,7 +131,7 @@ class SparkEngine(Engine):
 
     def _one_by_one(self, commit: Commit, select: Select) -> Iterator[bytes]:
         """Selected frames by rank; the driver never holds more than one."""
-        with self._job():
+        with self._jobs.job():
             yield from wire.frames(commit.frames, select).toLocalIterator()
 
     def evaluate(
@@ -165,7 +149,7 @@ class SparkEngine(Engine):
         received = wire.exchange(commit.frames, Scatter(partitions), partitions)
         try:
             pairs = wire.zip_frames(self._evaluation_handles(handles, num_ranks), received)
-            with self._job():
+            with self._jobs.job():
                 parts = pairs.mapPartitions(_Evaluate(self._run, shared, batch_rows)).collect()
         except StoreLostError:
             self._release_evaluated()
@@ -208,7 +192,7 @@ class SparkEngine(Engine):
 
     def _compute(self, handles: RDD) -> None:
         """Makes handles in a job of their own: no task that uses them needs a second worker."""
-        with self._job():
+        with self._jobs.job():
             wire.compute(handles)
 
     def _committed(
@@ -249,105 +233,12 @@ class SparkEngine(Engine):
             computed.localCheckpoint()
             commit = Commit(wire.held(computed), computed, held.pop_all())
         try:
-            with self._job(slots):
+            with self._jobs.job(slots):
                 wire.compute(computed)
         except BaseException:
             commit.release()
             raise
         return commit
-
-    @contextmanager
-    def _job(self, slots: int = 1) -> Iterator[None]:
-        """Around a Spark job: raises the errors of its tasks as they were, cancels it if left.
-
-        Args:
-            slots: that it needs at the same time.
-        """
-        self._context.addJobTag(self._job_tag)
-        try:
-            with driver_errors(), self._given_up_without(slots):
-                yield
-        except (KeyboardInterrupt, SystemExit):
-            # PySpark's own handler of Ctrl-C does this too, but notebooks replace it.
-            self._cancel()
-            raise
-        finally:
-            self._context.removeJobTag(self._job_tag)
-
-    @contextmanager
-    def _given_up_without(self, slots: int) -> Iterator[None]:
-        """Around a Spark job: cancels it where slots are missing, for which Spark waits for ever.
-
-        Spark compares the slots with those of a barrier stage when a job is submitted, but not when
-        it starts the stage anew because an executor was lost.
-
-        Raises:
-            SparkJobError: there were too few for too long.
-        """
-        if in_process(self._context):
-            yield
-            return
-        ended, missing = threading.Event(), threading.Event()
-        # This kind of thread gives its connection to the JVM back when it ends.
-        arguments = slots, ended, missing
-        InheritableThread(target=self._watch_slots, args=arguments, daemon=True).start()
-        try:
-            yield
-        except (Py4JError, PySparkException):
-            if not missing.is_set():
-                raise
-            raise SparkJobError(
-                f"A job needs {slots} task slot{'s' * (slots > 1)} at the same time. Received: "
-                f"fewer for {self._wait_for_slots_s:g} s. Look whether the cluster has hosts left, "
-                "or let training wait longer (FailurePolicy(wait_for_slots_s=…))."
-            ) from None
-        finally:
-            ended.set()
-
-    def _watch_slots(self, slots: int, ended: threading.Event, missing: threading.Event) -> None:
-        pause_s, missing_since = _FIRST_LOOK_S, None
-        while not ended.wait(pause_s):
-            pause_s, now = _SELDOM_S, time.monotonic()
-            try:
-                there = registered_slots(self._context)
-            except (Py4JError, AssertionError, AttributeError):
-                return  # Spark was stopped, which ends the job by itself
-            if there >= slots:
-                missing_since = None
-                continue
-            if missing_since is None:
-                missing_since = now
-            if now - missing_since >= self._wait_for_slots_s:
-                missing.set()
-                self._cancel()
-                return
-
-    def _await_slots(self, needed: int, timeout_s: float) -> int:
-        """How many task slots there are, once as many are there as needed, or time is over."""
-        there = registered_slots(self._context)
-        if there < needed and timeout_s:
-            logger.warning(
-                "Waiting up to %g s for %d task slots; there are %d.", timeout_s, needed, there
-            )
-        deadline = time.monotonic() + timeout_s
-        while there < needed and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
-            there = registered_slots(self._context)
-        return there
-
-    def _cancel(self) -> None:
-        """Cancels the jobs of this engine."""
-        for attempt in range(_MOST_CANCELS):
-            try:
-                self._context.cancelJobsWithTag(self._job_tag)
-            except Py4JNetworkError:
-                # py4j has dropped the connection that was interrupted, and now and then the JVM
-                # drops the next one too.
-                if attempt + 1 == _MOST_CANCELS:
-                    raise
-                time.sleep(0.1)
-            else:
-                return
 
     def _release_all_but(self, commit: Commit | None) -> None:
         for other in self._commits:

@@ -16,6 +16,7 @@ from tfspark.sync import wire
 from tfspark.sync.carriers import through_files, through_spark
 from tfspark.sync.engine import Engine
 from tfspark.sync.gang import GangEngine
+from tfspark.sync.jobs import Jobs
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.shuffle import ShuffleEngine
 from tfspark.sync.spark_engine import Carriers
@@ -160,12 +161,19 @@ def buckets_that_pay(name: str, num_bytes: int, hosts: Collection[str]) -> int:
     return max(1, min(_MOST_BUCKETS, num_bytes // len(hosts) // _LEAST_SLICE_BYTES))
 
 
-def materialise(name: str, dataset: TFDataset, num_ranks: int, context: SparkContext | None) -> Any:
+def materialise(
+    name: str,
+    dataset: TFDataset,
+    num_ranks: int,
+    context: SparkContext | None,
+    policy: FailurePolicy,
+) -> Any:
     """The data set as this engine reads it; has `handles` (by rank) and `rdd` where Spark is."""
     if name == "local":
         return dataset.materialise_local(num_ranks)
     assert context is not None
-    return dataset.materialise(context, num_ranks, shares_files=in_process(context))
+    with Jobs(context, policy.wait_for_slots_s).job():
+        return dataset.materialise(context, num_ranks, shares_files=in_process(context))
 
 
 def make_engine(

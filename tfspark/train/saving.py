@@ -21,6 +21,7 @@ from tfspark.graph.program import Program, StateSlot, UpdateProgram
 from tfspark.sync.carriers import FileCarrier, message_of
 from tfspark.sync.engine import Engine, RankState, Run
 from tfspark.sync.frames import Message
+from tfspark.sync.jobs import Jobs
 from tfspark.train.checkpoint import Attempt, CheckpointStore
 from tfspark.train.manifest import (
     GroupEntry,
@@ -74,7 +75,8 @@ def newest_whole(store: CheckpointStore, context: SparkContext | None) -> Manife
         if context is None:
             return store.problems(manifest)
         ranks = context.parallelize(range(manifest.num_ranks), manifest.num_ranks)
-        found = ranks.map(partial(store.shard_problem, manifest)).collect()
+        with Jobs(context).job():
+            found = ranks.map(partial(store.shard_problem, manifest)).collect()
         return [problem for problem in found if problem]
 
     found = store.latest_whole(problems)

@@ -147,8 +147,9 @@ class Training:
         loop.insist(self._bring_home)
 
     def _materialise(self, dataset: TFDataset, num_ranks: int) -> Any:
+        policy = self._recipe.settings.failure_policy
         return self._failures.insist(
-            lambda: materialise(self._name, dataset, num_ranks, self._context),
+            lambda: materialise(self._name, dataset, num_ranks, self._context, policy),
             mend=_nothing,
         )
 
