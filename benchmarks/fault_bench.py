@@ -25,7 +25,7 @@ from fault_kinds import Fault, Lasting, Scene  # noqa: E402
 ENGINES = ("gang", "shuffle")
 CLUSTERS = ("local-cluster", "standalone")
 RANKS = 3
-STEPS = {"gang": 900, "shuffle": 60}
+STEPS = {"gang": 900, "shuffle": 60, "local": 900}
 DISK_MB = 512
 
 _FOLDER_OF_FAULTS = SUPPORT / "faults"

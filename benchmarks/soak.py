@@ -86,6 +86,7 @@ class Soak:
         looks: in order of time.
         faults: (seconds, kind, details).
         decisions: lines of the failure policy.
+        steps: that it took.
         digest, expected: of the weights, and of an undisturbed training of as many steps.
         error: that ended it, or "".
     """
@@ -94,6 +95,7 @@ class Soak:
     looks: list[Look] = field(default_factory=list)
     faults: list[tuple[float, str, str]] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
+    steps: int = 0
     digest: str = ""
     expected: str = ""
     error: str = ""
@@ -124,15 +126,18 @@ def soak(bench: Bench, engine: str, minutes: float, seed: int, folder: Path) -> 
     ended.set()
     striker.join(60)
     looker.join(60)
-    steps = training.step
+    result.steps = training.step
     training.close()
     result.decisions = bench.decisions()
-    bench.wait_until_whole()
-    undisturbed = bench.trained(engine, str(folder / f"undisturbed-{engine}"))
-    undisturbed.train_to(steps)
+    return result
+
+
+def check(bench: Bench, result: Soak, folder: Path) -> None:
+    """Trains as many steps once more, in this process, where nothing disturbs them."""
+    undisturbed = bench.trained("local", str(folder / f"undisturbed-{result.engine}"))
+    undisturbed.train_to(result.steps)
     result.expected = undisturbed.digest()
     undisturbed.close()
-    return result
 
 
 def _strike(
@@ -270,9 +275,11 @@ def main() -> None:
     if not options.plot_only:
         with bench_on("local-cluster") as bench, tempfile.TemporaryDirectory() as folder:
             for engine in options.engines:
-                by_engine[engine] = soak(bench, engine, options.minutes, options.seed, Path(folder))
-        options.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([asdict(each) for each in by_engine.values()], indent=1))
+                result = soak(bench, engine, options.minutes, options.seed, Path(folder))
+                by_engine[engine] = result
+                _write(by_engine, path)  # before more can go wrong
+                check(bench, result, Path(folder))
+                _write(by_engine, path)
     soaks = list(by_engine.values())
     text = table(soaks)
     print(text)
@@ -282,6 +289,11 @@ def main() -> None:
         reliability.write_page(options.out, soak=SECTION.format(table=text))
     if any(each.digest != each.expected for each in soaks):
         sys.exit("A training did not end with the bits of an undisturbed one.")
+
+
+def _write(soaks: dict[str, Soak], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(each) for each in soaks.values()], indent=1))
 
 
 def read(entry: dict[str, Any]) -> Soak:

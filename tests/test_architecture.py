@@ -21,16 +21,17 @@ BELOW = {
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},
     "graph": {"errors", "graphdef", "data"},
+    "inference": {"errors", "_aligned", "_optional", "slots", "graphdef", "data", "graph"},
     "sync": {"errors", "_aligned", "_optional", "slots", "graphdef", "data", "graph"},
-    "train": {"errors", "_optional", "slots", "graphdef", "data", "graph", "sync"},
+    "train": {"errors", "_optional", "slots", "graphdef", "data", "graph", "inference", "sync"},
 }
 BELOW["doctor"] = set(BELOW) - {"daemon"}
 BELOW["__main__"] = {"doctor"}
 FRAMEWORKS = {
-    "pyspark": {"context", "slots", "daemon", "doctor", "data", "sync", "train"},
+    "pyspark": {"context", "slots", "daemon", "doctor", "data", "inference", "sync", "train"},
     "py4j": {"context", "data", "sync", "train"},
-    "tensorflow": {"graphdef", "data", "graph", "sync", "train", "doctor"},
-    "keras": {"graphdef", "graph", "sync", "train"},
+    "tensorflow": {"graphdef", "data", "graph", "inference", "sync", "train", "doctor"},
+    "keras": {"graphdef", "graph", "inference", "sync", "train"},
 }
 # Imported by every Python worker that writes data, where TensorFlow would cost seconds.
 WITHOUT_TENSORFLOW = {"data/spec.py", "data/store.py", "data/order.py"}

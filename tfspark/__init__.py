@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from tfspark.context import init_nncontext
     from tfspark.data.dataset import TFDataset
     from tfspark.graph.lars import LARS
+    from tfspark.inference.models import register_model_udf
+    from tfspark.inference.predictor import TFNet, TFPredictor
     from tfspark.sync.stragglers import LeaveOut
     from tfspark.train.failure_policy import FailurePolicy
+    from tfspark.train.keras_model import KerasModel
     from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.train.optimizer import TFOptimizer
     from tfspark.train.plateau import Plateau
@@ -60,8 +63,11 @@ _NAMES_OF = {
     "tfspark.context": "init_nncontext",
     "tfspark.data.dataset": "TFDataset",
     "tfspark.graph.lars": "LARS",
+    "tfspark.inference.models": "register_model_udf",
+    "tfspark.inference.predictor": "TFNet TFPredictor",
     "tfspark.sync.stragglers": "LeaveOut",
     "tfspark.train.failure_policy": "FailurePolicy",
+    "tfspark.train.keras_model": "KerasModel",
     "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
     "tfspark.train.optimizer": "TFOptimizer",
     "tfspark.train.plateau": "Plateau",
@@ -89,6 +95,7 @@ __all__ = [
     "FailurePolicy",
     "Ftrl",
     "HitRatio",
+    "KerasModel",
     "Lamb",
     "LeaveOut",
     "LinearScaling",
@@ -106,7 +113,9 @@ __all__ = [
     "SeveralIteration",
     "Step",
     "TFDataset",
+    "TFNet",
     "TFOptimizer",
+    "TFPredictor",
     "Top1Accuracy",
     "Top5Accuracy",
     "TrainSummary",
@@ -116,6 +125,7 @@ __all__ = [
     "Warmup",
     "errors",
     "init_nncontext",
+    "register_model_udf",
 ]
 
 

@@ -27,8 +27,15 @@ from typing import Any
 
 from pyspark import daemon
 
-# Whatever a task of training imports. The first is PySpark's own part of a worker.
-MODULES = ("pyspark.worker", "tfspark.data.chunks", "tfspark.sync.gang", "tfspark.sync.shuffle")
+# Whatever a task of training or prediction imports. The first is PySpark's own part of a worker.
+MODULES = (
+    "pyspark.worker",
+    "tfspark.data.chunks",
+    "tfspark.sync.gang",
+    "tfspark.sync.shuffle",
+    "tfspark.inference.dataframe",
+    "tfspark.inference.rows",
+)
 
 # TensorFlow imports Keras although it can do without, and Keras imports scikit-learn and Matplotlib
 # where they are installed: two fifths of the time, and a tenth of the memory. Tasks have graphs.

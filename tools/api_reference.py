@@ -23,7 +23,8 @@ first sections come straight from `tfspark`, those of the last ones from the mod
 SECTIONS = {
     "Spark": "tfspark: init_nncontext",
     "Data": "tfspark: TFDataset",
-    "Training": "tfspark: TFOptimizer FailurePolicy LeaveOut",
+    "Training": "tfspark: TFOptimizer KerasModel FailurePolicy LeaveOut",
+    "Prediction": "tfspark: TFPredictor TFNet register_model_udf",
     "Triggers": (
         "tfspark: MaxEpoch MaxIteration EveryEpoch SeveralIteration MaxScore MinLoss TriggerAnd "
         "TriggerOr"

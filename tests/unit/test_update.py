@@ -312,12 +312,12 @@ def test_names_are_optimizers():
 def test_learning_rates():
     schedule = optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
     function = lambda: 0.3  # noqa: E731
-    assert learning_rate_of(optimizers.Adam(1e-3)) == 0.001
+    assert learning_rate_of(optimizers.Adam(1e-3))() == 0.001
     assert learning_rate_of(optimizers.Adam(schedule)) is schedule
     assert learning_rate_of(optimizers.Adam(function)) is function
     optimizer = optimizers.SGD(0.5)
     optimizer.learning_rate = 0.25
-    assert learning_rate_of(optimizer) == 0.25
+    assert learning_rate_of(optimizer)() == 0.25
 
 
 def test_a_schedule_without_a_config_is_no_obstacle():
@@ -340,7 +340,7 @@ optimizer = keras.optimizers.Adam(0.25, weight_decay=0.5)
 step = load(update_program(optimizer).graph)
 one = np.ones(2, np.float32)
 out = step(one, one, np.float64(1), np.float32(1), np.float32(0.25), np.int64(0), 0 * one, 0 * one)
-print(learning_rate_of(optimizer), out[0].numpy()[0])
+print(learning_rate_of(optimizer)(), out[0].numpy()[0])
 """
 
 

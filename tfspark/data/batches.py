@@ -74,7 +74,7 @@ class BatchReader:
         if not len(ids):
             return [], 0
         seeds = self.order.row_seeds(rank, epoch, ids)
-        return _mapped(self._mapping, self._store.take(ids), ids, seeds, rank), len(ids)
+        return mapped(self._mapping, self._store.take(ids), ids, seeds, rank), len(ids)
 
     @cached_property
     def _store(self) -> Store:
@@ -107,7 +107,7 @@ def evaluation_batches(
             stop = min(start + batch_rows, store.rows)
             ids = np.arange(start, stop)
             arrays, seeds = store.read_range(start, stop), row_seeds(0, handle.rank, 0, ids)
-            yield _mapped(mapping, arrays, ids, seeds, handle.rank), stop - start
+            yield mapped(mapping, arrays, ids, seeds, handle.rank), stop - start
 
     return one_ahead(batches())
 
@@ -122,13 +122,25 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _mapped(
+def mapped(
     mapping: PureGraph | None,
     arrays: list[np.ndarray],
     ids: np.ndarray,
     seeds: np.ndarray,
     rank: int,
 ) -> Batch:
+    """A batch after the user's map.
+
+    Args:
+        mapping: the map, or None.
+        arrays: `[rows, *shape]` per field as stored.
+        ids: of the rows, for errors.
+        seeds: int64 `[rows, 2]`, of random operations in the map.
+        rank: for errors.
+
+    Raises:
+        UserFunctionError: the map failed; names the row.
+    """
     if mapping is None:
         return list(arrays)
     import tensorflow as tf

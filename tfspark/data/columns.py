@@ -76,14 +76,14 @@ class DataFrameSource(SparkSource):
             DataError: a column is missing, or has a type that cannot become a tensor.
         """
         names, treedef = optree.tree_flatten(structure)
-        schema = frame.select(*[_column(frame, name) for name in names]).schema
+        schema = frame.select(*[column_named(frame, name) for name in names]).schema
         parts = []
         for name, column in zip(names, schema.fields, strict=True):
             field = _field(name, column.dataType)
             parts.append(field)
         selected = frame.select(
             *[
-                _plain(_column(frame, name), column.dataType).alias(f"c{index}")
+                _plain(column_named(frame, name), column.dataType).alias(f"c{index}")
                 for index, (name, column) in enumerate(zip(names, schema.fields, strict=True))
             ]
         )
@@ -262,7 +262,12 @@ def _measured(spec: RowSpec, frame: DataFrame, paths: Sequence[tuple[int, ...]])
     return RowSpec(tuple(fields), spec.treedef)
 
 
-def _column(frame: DataFrame, name: str) -> Column:
+def column_named(frame: DataFrame, name: str) -> Column:
+    """A column of a DataFrame, or, by a name with dots, a field of a struct.
+
+    Raises:
+        DataError: there is none; names those that there are.
+    """
     top = name.split(".")[0]
     if name not in frame.columns and top not in frame.columns:
         raise DataError(

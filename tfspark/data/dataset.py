@@ -187,6 +187,7 @@ class TFDataset:
         sequential_order: bool = False,
         shuffle: bool = True,
         *,
+        weights_col: str | None = None,
         seed: int = 0,
     ) -> TFDataset:
         """Rows of a DataFrame, through Arrow. `columns.py` lists what column becomes what tensor.
@@ -195,6 +196,7 @@ class TFDataset:
             df: the DataFrame.
             feature_cols: one column for one tensor, several for a list of tensors.
             labels_cols: likewise.
+            weights_col: of sample weights; goes with labels.
             validation_df: rows to validate on, with the same columns.
 
         Raises:
@@ -210,6 +212,13 @@ class TFDataset:
         structure = columns_structure(feature_cols)
         if labels_cols is not None and len(labels_cols):
             structure = (structure, columns_structure(labels_cols))
+        if weights_col is not None:
+            if not isinstance(structure, tuple):
+                raise DataError(
+                    "Sample weights weight losses of labels. "
+                    f"Received: weights_col={weights_col!r} without labels_cols."
+                )
+            structure = (*structure, weights_col)
         source = DataFrameSource.of(df, structure)
         validation = None
         if validation_df is not None:
@@ -455,6 +464,10 @@ class TFDataset:
         rows = batch.batch_size or batch.batch_per_thread if batch.hard_code_batch_size else None
         return tf.compat.v1.placeholder(field.dtype, [rows, *field.shape], name=field.name)
 
+    def validated_on(self, validation: TFDataset | None) -> TFDataset:
+        """A data set of the same rows with another one, or none, to validate on."""
+        return TFDataset(self._source, self._batching, validation, self._row_mapping)
+
     # ---- materialising --------------------------------------------------------------------------
 
     @cached_property
@@ -477,6 +490,14 @@ class TFDataset:
             UserFunctionError: a function of the user that computes rows raised.
         """
         return materialise(self._source, self._id, sc, num_ranks, shares_files)
+
+    def partitions(self, sc: SparkContext) -> RDD:
+        """RDD of chunks of all rows as stored, in their order; lazy, and nothing is kept.
+
+        Args:
+            sc: the SparkContext.
+        """
+        return self._source.partitions(sc)
 
     def materialise_local(self, num_ranks: int) -> Materialised:
         """Writes one store per rank in this process, with the same rows as `materialise`.

@@ -81,6 +81,24 @@ def reporting(**where: Any) -> Iterator[None]:
 
 
 @contextmanager
+def locating(**where: Any) -> Iterator[None]:
+    """Around the work of a task whose job the user starts, so that nobody decodes its error.
+
+    The error is the one that `reporting` would carry, as text for people.
+
+    Args:
+        **where: as of `reporting`.
+    """
+    try:
+        yield
+    except TaskFailure:
+        raise
+    # As in `reporting`.
+    except Exception as error:
+        raise _located(error, where) from error
+
+
+@contextmanager
 def driver_errors() -> Iterator[None]:
     """Around a Spark action on the driver: raises the error that a task reported.
 

@@ -17,7 +17,7 @@ from tfspark.graphdef.pure import PureGraph
 from tfspark.graphdef.variables import call, trace
 
 # What a data set that lives and dies within one call of the graph is made of.
-_DATASET_OPS = frozenset(
+DATASET_OPS = frozenset(
     {"TensorSliceDataset", "ParallelMapDatasetV2", "BatchDatasetV2", "DatasetToSingleElement"}
 )
 # Functions that are mapped one after the other draw from different seeds.
@@ -105,7 +105,7 @@ class RowMapping:
             tf.TensorSpec([None, *field.shape], field.dtype) for field in self.source.fields
         ]
         seeds = tf.TensorSpec([None, 2], tf.int64, "row_seeds")
-        return trace(over_batch, [*signature, seeds], allow=_DATASET_OPS).graph
+        return trace(over_batch, [*signature, seeds], allow=DATASET_OPS).graph
 
 
 def _tensor(value: Any) -> Any:

@@ -79,7 +79,7 @@ class RowBuffer:
             ) from error
         if not self._columns:
             values = [
-                self._checked(leaf, field)
+                self.checked(leaf, field)
                 for leaf, field in zip(leaves, self.spec.fields, strict=True)
             ]
             self._allocate([value.shape for value in values])
@@ -91,7 +91,7 @@ class RowBuffer:
                 or leaf.shape != column.shape[1:]
                 or leaf.dtype.kind == "O"
             ):
-                leaf = self._checked(leaf, field)
+                leaf = self.checked(leaf, field)
             # Of a string scalar the bytes, not the array around them.
             column[at] = leaf[()]
             if field.dtype == STRING:
@@ -155,8 +155,12 @@ class RowBuffer:
             for shape, field in zip(shapes, fields, strict=True)
         ]
 
-    def _checked(self, value: Any, field: Field) -> np.ndarray:
-        """The value as an array of the field's dtype and shape."""
+    def checked(self, value: Any, field: Field) -> np.ndarray:
+        """The value of the next row as an array of the field's dtype and shape.
+
+        Raises:
+            DataError: as `add_row`.
+        """
         if hasattr(value, "toArray"):  # pyspark.ml.linalg.Vector
             value = value.toArray()
         if value is None:
@@ -295,6 +299,20 @@ def column_view(column: pa.Array, field: Field) -> np.ndarray:
     """A numeric column of the physical schema as an array `[rows, *shape]`, without a copy."""
     flat = np.frombuffer(_raw_bytes(column), np.uint8).view(field.numpy_dtype)
     return flat.reshape((len(column), *fixed_shape(field)))
+
+
+def columns_of(batch: pa.RecordBatch, spec: RowSpec) -> list[np.ndarray]:
+    """The fields of a batch of the physical schema as arrays `[rows, *shape]`; text is copied."""
+    found = []
+    for field in spec.fields:
+        column = batch.column(field.name)
+        if field.dtype == STRING:
+            shape = fixed_shape(field)
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            found.append(flat[: len(column) * math.prod(shape)].reshape(len(column), *shape))
+        else:
+            found.append(column_view(column, field))
+    return found
 
 
 def string_buffers(column: pa.Array) -> tuple[np.ndarray, memoryview]:

@@ -45,6 +45,10 @@ class Source(ABC):
     def chunks(self, context: SparkContext, num_ranks: int) -> RDD:
         """RDD of chunks, partition `r` holding those of rank `r`; lazy."""
 
+    def partitions(self, context: SparkContext) -> RDD:
+        """RDD of chunks in partitions as they come, in the order of the rows; lazy."""
+        return self.chunks(context, context.defaultParallelism)
+
     @abstractmethod
     def local_chunks(self, num_ranks: int) -> Iterator[tuple[int, Iterable[bytes]]]:
         """(rank, its chunks) in this process, by rank; ranks without rows may be left out."""
@@ -56,6 +60,10 @@ class SparkSource(Source):
     @abstractmethod
     def encoded(self) -> RDD:
         """RDD of chunks in the partitions of the source."""
+
+    def partitions(self, context: SparkContext) -> RDD:
+        """See `Source`."""
+        return self.encoded()
 
     def chunks(self, context: SparkContext, num_ranks: int) -> RDD:
         """See `Source`."""

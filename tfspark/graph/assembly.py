@@ -16,6 +16,9 @@ from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.pure import PureGraph, TensorInfo
 from tfspark.graphdef.variables import call, purify_function
 
+SUMS = "tfspark_sums/"
+"""Begins the names of variables that every rank adds to."""
+
 
 @dataclass(frozen=True)
 class BoundProgram:
@@ -179,6 +182,8 @@ def state_kind(name: str, dtype: str, shape: Sequence[int], written: bool) -> st
     """How ranks merge a tensor of the model state; see `StateSlot`."""
     if not written:
         return "constant"
+    if name.startswith(SUMS):
+        return "sum"
     if "seed_generator_state" in name and "int" in dtype and tuple(shape) == (2,):
         return "seed"
     return "mean" if dtype.startswith(("float", "bfloat")) else "first"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import keras
@@ -21,7 +22,9 @@ from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph import from_graph
 from tfspark.graph.assembly import BoundProgram, batch_infos, split, step_signature
-from tfspark.graph.from_keras import call_model, compile_loss_of, model_loss, unpack
+from tfspark.graph.from_keras import call_model, compile_loss_of, model_loss, sums_for, unpack
+from tfspark.graph.keras_metrics import reset, results_of
+from tfspark.graph.keras_sums import batch_sums
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.loader import load
@@ -176,6 +179,57 @@ def evaluation_from_keras(
             compiled.update_state(y, packed, sample_weight)
 
     return _evaluation(bound, forward, [mean] + ([compiled] if compiled else []), update)
+
+
+class _ModelMetrics:
+    """All metrics of a compiled model, as if they were one, whose variables are sums."""
+
+    name = "model"
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self.variables = sums_for(model)
+
+    def result(self) -> dict[str, Any]:
+        """By their names, in the order of Keras's own logs."""
+        return results_of(self._model, [variable.numpy() for variable in self.variables])
+
+
+def evaluation_of_compiled(
+    model: keras.Model, bound: BoundProgram, row_spec: RowSpec
+) -> tuple[Evaluation, list[Any]]:
+    """What `model.evaluate` measures, under the names that it has there.
+
+    Args:
+        model: compiled, as given to `program_from_keras`.
+        bound: what `program_from_keras` made of it.
+        row_spec: of the rows to evaluate.
+
+    Returns:
+        The evaluation, and its metric objects for `results`.
+    """
+    reset(model)
+    forward = _keras_forward(partial(batch_sums, model, row_spec), bound, row_spec)
+    model._clear_losses()
+    metrics = _ModelMetrics(model)
+    accumulators = tuple(
+        TensorInfo(variable.name, "float64", tuple(variable.shape))
+        for variable in metrics.variables
+    )
+    initial = tuple(np.zeros(tuple(variable.shape)) for variable in metrics.variables)
+    count, rest = len(bound.program.state), len(bound.program.state) + len(forward.batch_infos)
+
+    def evaluate(flat: Any, *inputs: Any) -> list[Any]:
+        sums = forward(bound, flat, inputs[:count], inputs[count:rest])
+        return [old + new for old, new in zip(inputs[rest:], sums, strict=True)]
+
+    signature = [
+        *_signature(bound, forward),
+        *(tf.TensorSpec(info.shape, info.dtype) for info in accumulators),
+    ]
+    graph = purify_function(trace_graph(evaluate, signature, ordered=False)).graph
+    names = ((metrics.name, len(accumulators)),)
+    return Evaluation(forward.batch, accumulators, initial, graph, names), [metrics]
 
 
 def evaluation_from_graph(

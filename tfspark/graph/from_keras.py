@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras.src.trainers.compile_utils import CompileLoss
 
 from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
+from tfspark.graph import keras_metrics
 from tfspark.graph.assembly import (
+    SUMS,
     BoundProgram,
     batch_infos,
     check_weight_dtypes,
@@ -19,6 +22,7 @@ from tfspark.graph.assembly import (
 )
 from tfspark.graph.eager import bind, dtype_of
 from tfspark.graph.fused import fused_batch_norm, replaced
+from tfspark.graph.keras_metrics import is_sum
 from tfspark.graphdef.functions import trace_graph
 
 
@@ -29,6 +33,7 @@ def program_from_keras(
     loss: Any = None,
     loss_weights: Any = None,
     group_of: Callable[[str], int] | None = None,
+    tracks_metrics: bool = False,
 ) -> BoundProgram:
     """The gradient of a Keras model's loss as a program.
 
@@ -46,6 +51,8 @@ def program_from_keras(
         loss: used instead of the compiled one, in any form that `compile` takes.
         loss_weights: go with `loss`.
         group_of: parameter group of a weight by its path; None: all in group 0.
+        tracks_metrics: add what each step adds to the sums of the compiled metrics to the model
+            state, in slots whose names begin with `SUMS`; see `keras_metrics`.
 
     Raises:
         ProgramError: the model has its own `train_step`, no loss, a loss whose reduction cannot
@@ -63,6 +70,9 @@ def program_from_keras(
     build(model, row_spec)
     compile_loss = compile_loss_of(model, loss, loss_weights)
     connected: list[Any] = []
+    sums: list[tf.Variable] = []
+    if tracks_metrics:
+        keras_metrics.reset(model)
 
     def step(*inputs: Any) -> list[Any]:
         *batch, rows, global_rows, _ = inputs
@@ -70,8 +80,15 @@ def program_from_keras(
         share = tf.cast(global_rows, tf.float64) / tf.cast(rows, tf.float64)
         with tf.GradientTape() as tape, fused_batch_norm(model):
             predictions = call_model(model, x, training=True)
-            total = model_loss(model, compile_loss, share, x, y, predictions, sample_weight)
-            total = total * tf.cast(rows, total.dtype)
+            with keras_metrics.losses_by_rows(compile_loss, y, predictions, rows, share):
+                total = model_loss(model, compile_loss, share, x, y, predictions, sample_weight)
+            mean, total = total, total * tf.cast(rows, total.dtype)
+        if tracks_metrics:
+            keras_metrics.update_metrics(model, mean, rows, x, y, predictions, sample_weight)
+            added = keras_metrics.metric_sums(model)
+            sums[:] = sums_for(model)
+            for variable, value in zip(sums, added, strict=True):
+                variable.assign_add(value)
         trainable = model.trainable_variables
         gradients = tape.gradient(total, [variable.value for variable in trainable])
         pairs = [(v, g) for v, g in zip(trainable, gradients, strict=True) if g is not None]
@@ -91,6 +108,15 @@ def program_from_keras(
     model._clear_losses()  # they are tensors of the traced graph
     states = _used_states(model, graph, connected, compile_loss)
     return bind(graph, connected, len(infos), group_of, states)
+
+
+def sums_for(model: keras.Model) -> list[tf.Variable]:
+    """A variable for the sums of each variable of the model's metrics; their names sort alike."""
+    with tf.init_scope():
+        return [
+            tf.Variable(np.zeros(v.shape), name=f"{SUMS}{number:03d}/{v.path}", dtype=tf.float64)
+            for number, v in enumerate(model.metrics_variables)
+        ]
 
 
 def check_model(model: Any) -> None:
@@ -179,8 +205,8 @@ def model_loss(
         total = model._compute_loss(x, y, predictions, sample_weight, training=training)
         flat = compile_loss._flat_losses if compile_loss is not None and compile_loss.built else []
         _check_reductions(flat, sample_weight is not None)
-        if any(_is_sum(entry.loss) for entry in flat):
-            scaled = [_scaled(entry, share) if _is_sum(entry.loss) else entry for entry in flat]
+        if any(is_sum(entry.loss) for entry in flat):
+            scaled = [_scaled(entry, share) if is_sum(entry.loss) else entry for entry in flat]
             with replaced(compile_loss, "_flat_losses", scaled):
                 total = model._compute_loss(x, y, predictions, sample_weight, training=training)
     if total.shape.rank != 0:
@@ -188,10 +214,6 @@ def model_loss(
             f"The loss must be a scalar. Received: shape {total.shape} from {model.name!r}."
         )
     return total
-
-
-def _is_sum(loss: Any) -> bool:
-    return getattr(loss, "reduction", None) == "sum"
 
 
 def _scaled(entry: Any, share: Any) -> Any:
@@ -227,9 +249,11 @@ def _used_states(
     model: keras.Model, graph: Any, connected: Sequence[Any], compile_loss: Any
 ) -> list[Any]:
     """The variables that the traced step uses, besides its weights and metrics."""
-    captured = {id(external) for external, _ in graph.captures}
+    # In the order in which the graph came to know them: `graph.variables` is a set.
+    captured = dict.fromkeys(id(external) for external, _ in graph.captures)
     metrics = [*model.metrics_variables, *(compile_loss.variables if compile_loss else ())]
     left_out = {id(v.value.handle) for v in [*connected, *metrics]}
     keras_variables = {id(v.value.handle): v for v in model.variables}
-    every = {**keras_variables, **{id(v.handle): v for v in graph.variables}, **keras_variables}
-    return [v for key, v in every.items() if key in captured and key not in left_out]
+    every = {**{id(v.handle): v for v in graph.variables}, **keras_variables}
+    order = {**keras_variables, **captured}
+    return [every[key] for key in order if key in every and key in captured.keys() - left_out]

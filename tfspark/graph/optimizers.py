@@ -50,15 +50,22 @@ def optimizer_from(value: Any) -> keras.optimizers.Optimizer:
 
 
 def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
-    """The optimizer's learning rate: a float, a schedule, or a function without arguments."""
+    """The optimizer's learning rate: a float, a schedule, or a function without arguments.
+
+    A rate in a variable is a function, because callbacks of Keras assign to it between epochs.
+    """
     rate = optimizer._learning_rate
     if not isinstance(rate, keras.Variable):
         return rate
     if tf.is_symbolic_tensor(rate.value.handle):
         # Made in a TF1 graph: the value lies in some session, its initial value in the graph.
         return _shortest(tf.get_static_value(rate.value.initial_value))
-    with eager_mode():
-        return _shortest(rate.value.numpy())
+
+    def current() -> float:
+        with eager_mode():
+            return _shortest(rate.value.numpy())
+
+    return current
 
 
 def clipping_of(optimizer: keras.optimizers.Optimizer) -> Clipping:

@@ -1,8 +1,8 @@
 """The contract between front ends, which make programs, and engines, which run them.
 
 A *program* is the model's gradient as one pure graph: weights in, gradients out. An *evaluation*
-is the same for metrics. Front ends (`from_graph`, `from_function`, `from_keras`) build both; an
-engine never knows where a program came from.
+is the same for metrics, a *prediction* for outputs. Front ends (`from_graph`, `from_function`,
+`from_keras`) build them; an engine never knows where a program came from.
 
 Words used here, once and for all:
 
@@ -18,6 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from tfspark.data.spec import RowSpec
 from tfspark.graphdef.pure import PureGraph, TensorInfo
 
 
@@ -53,11 +56,12 @@ class StateSlot:
         name: the variable's name or path.
         dtype, shape: of the tensor.
         kind: how ranks merge it after a step. `"mean"`: mean over ranks, weighted by rows
-            (moving statistics, any float). `"first"`: the value of the lowest rank that had rows
-            (counters), and was not left out. `"seed"`: as `"first"`, and each rank adds its rank
-            to element 0 before it runs the program and subtracts it afterwards, so that ranks draw
-            different dropout masks while rank 0 draws those of plain Keras. `"constant"`: never
-            changes (frozen weights); it is shipped once and never travels again.
+            (moving statistics, any float). `"sum"`: the value before the step and what each rank
+            has added to it (metrics; float64). `"first"`: the value of the lowest rank that had
+            rows (counters), and was not left out. `"seed"`: as `"first"`, and each rank adds its
+            rank to element 0 before it runs the program and subtracts it afterwards, so that ranks
+            draw different dropout masks while rank 0 draws those of plain Keras. `"constant"`:
+            never changes (frozen weights); it is shipped once and never travels again.
     """
 
     name: str
@@ -188,3 +192,42 @@ class UpdateProgram:
     def num_sums(self) -> int:
         """How many sums over whole tensors the rule makes."""
         return 0 if self.terms is None else len(self.terms.outputs)
+
+
+SEED = np.zeros(2, np.int64)
+"""What every call of a prediction draws random numbers from, so that rows repeat."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model for use, without the code and the process that it was made in.
+
+    Attributes:
+        graph: inputs: the batch, `[rows, *shape]` for each field of `inputs`; a seed int64 `[2]`;
+            the weights. Outputs: `[rows, *shape]` for each field of `outputs`.
+        weights: values of the last inputs.
+        inputs: what it takes of a row. A dimension of None: rows may differ in it, and a batch is
+            padded to its longest.
+        outputs: what it returns for a row. A dimension of None: as the batch has it.
+    """
+
+    graph: PureGraph
+    weights: tuple[np.ndarray, ...]
+    inputs: RowSpec
+    outputs: RowSpec
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """What a batch adds to the metrics of a model, as a pure graph.
+
+    Attributes:
+        graph: inputs: the batch, `[rows, *shape]` for each field of `inputs`; a seed int64 `[2]`;
+            the weights. Outputs: float64, one per variable of the model's metrics.
+        weights: values of the last inputs.
+        inputs: a row `(x, y)` or `(x, y, sample_weight)`.
+    """
+
+    graph: PureGraph
+    weights: tuple[np.ndarray, ...]
+    inputs: RowSpec

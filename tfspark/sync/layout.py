@@ -286,9 +286,9 @@ def bucket_cuts(weights: Sequence[Weight], num_ranks: int, count: int) -> tuple[
 class StateLayout:
     """How the model state travels: what is averaged, what is handed on, what never moves.
 
-    The slots of kind `"mean"` form one float64 vector, cut into equal slices like the weights, so
-    that each rank merges one slice. `"first"` and `"seed"` slots are few and small, and are handed
-    on whole. `"constant"` slots (frozen weights) stay with the run and never travel.
+    The slots of kind `"mean"` and `"sum"` form one float64 vector, cut into equal slices like the
+    weights, so that each rank merges one slice. `"first"` and `"seed"` slots are few and small, and
+    are handed on whole. `"constant"` slots (frozen weights) stay with the run and never travel.
     """
 
     slots: tuple[StateSlot, ...]
@@ -296,8 +296,8 @@ class StateLayout:
 
     @cached_property
     def mean(self) -> tuple[int, ...]:
-        """Indices of the averaged slots."""
-        return tuple(i for i, slot in enumerate(self.slots) if slot.kind == "mean")
+        """Indices of the averaged slots; sums are averages of what `scaled_sums` makes of them."""
+        return tuple(i for i, slot in enumerate(self.slots) if slot.kind in ("mean", "sum"))
 
     @cached_property
     def first(self) -> tuple[int, ...]:
@@ -323,6 +323,19 @@ class StateLayout:
             vector[begin : begin + values.size] = values.ravel()
             begin += values.size
         return vector
+
+    def scaled_sums(
+        self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], factor: float
+    ) -> list[np.ndarray]:
+        """The state after a step with what was added to its sums multiplied by a factor.
+
+        Averages are weighted by rows. With the rows of all ranks over those of this one as factor,
+        the average is the sum.
+        """
+        return [
+            old + (new - old) * factor if slot.kind == "sum" else new
+            for slot, old, new in zip(self.slots, before, after, strict=True)
+        ]
 
     def slice_of(self, vector: np.ndarray, rank: int) -> np.ndarray:
         """A rank's slice of a packed vector."""

@@ -179,6 +179,7 @@ class RankProgram:
                     global_rows,
                 )
             loss_sum += part_loss
+        state = run.state_layout.scaled_sums(replica.state, state, global_rows / rows)
         done = time.perf_counter()
         leader = next(r for r, count in enumerate(rows_by_rank) if count)
         return Contribution(

@@ -15,6 +15,7 @@ from tfspark.graph.evaluation import (
     evaluation_from_function,
     evaluation_from_graph,
     evaluation_from_keras,
+    evaluation_of_compiled,
 )
 from tfspark.graph.from_function import program_from_function
 from tfspark.graph.from_graph import name_of as graph_name_of
@@ -49,13 +50,24 @@ class KerasFrontEnd:
         model: it is built, if it is not.
         dataset: rows `(x, y)` or `(x, y, sample_weight)`.
         loss, loss_weights, metrics: instead of the compiled ones.
+        tracks_metrics: sum up the compiled metrics while training; see `metric_sums`.
     """
 
-    def __init__(self, model: Any, dataset: TFDataset, loss: Any, loss_weights: Any, metrics: Any):
+    def __init__(
+        self,
+        model: Any,
+        dataset: TFDataset,
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        tracks_metrics: bool = False,
+    ):
         check_dataset(dataset)
+        self._tracks_metrics = tracks_metrics
         check_model(model)
         self._model = model
         self._spec = dataset.row_spec
+        self._validation_spec = (dataset.validation or dataset).row_spec
         self._loss, self._loss_weights, self._metrics = loss, loss_weights, metrics
         build(model, self._spec)
         constrained = [v.path for v in model.trainable_variables if v.constraint is not None]
@@ -87,14 +99,23 @@ class KerasFrontEnd:
             loss=self._loss,
             loss_weights=self._loss_weights,
             group_of=group_of,
+            tracks_metrics=self._tracks_metrics,
         )
         return self._bound
 
+    def metric_sums(self) -> list[Any]:
+        """What all steps so far have added to each variable of the model's metrics."""
+        slots = zip(self._bound.program.state, self._bound.state_variables, strict=True)
+        found = sorted((slot.name, variable) for slot, variable in slots if slot.kind == "sum")
+        return [variable.numpy() for _, variable in found]
+
     def evaluation(self) -> tuple[Evaluation, Metrics]:
+        if self._tracks_metrics:
+            return evaluation_of_compiled(self._model, self._bound, self._validation_spec)
         return evaluation_from_keras(
             self._model,
             self._bound,
-            self._spec,
+            self._validation_spec,
             metrics=self._metrics,
             loss=self._loss,
             loss_weights=self._loss_weights,

@@ -390,6 +390,24 @@ class TFOptimizer:
                 # Batches are a function of the step, so the steps since then give the same bits.
                 self.close()
 
+    def start(self) -> TFOptimizer:
+        """Makes ready for `optimize`, without a step: stores the rows, resumes from `model_dir`.
+
+        Session, model or variables then hold what the training goes on from.
+
+        Returns:
+            This optimizer.
+        """
+        self._started().bring_home()
+        return self
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every row is used once; known after `start` or `optimize`."""
+        if self._training is None:
+            raise AttributeError("steps_per_epoch is known once rows are counted: call start().")
+        return self._training.loop.run.order.steps_per_epoch
+
     def _started(self) -> Training:
         """The training that runs, or a new one, from the newest checkpoint where there is one."""
         if self._training is None:

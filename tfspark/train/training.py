@@ -131,9 +131,9 @@ class Training:
             hopeless = isinstance(error, TFSparkError) and cause_of(error) is Cause.INFRASTRUCTURE
             try:
                 if hopeless:
-                    self._bring_home()
+                    self.bring_home()
                 else:
-                    loop.insist(self._bring_home)
+                    loop.insist(self.bring_home)
             except (TFSparkError, Py4JError) as another:
                 logger.warning(
                     "The weights of step %d could not be brought home: %s",
@@ -144,7 +144,7 @@ class Training:
         finally:
             if loop.left_out is not None:
                 logger.info("%s", loop.left_out)
-        loop.insist(self._bring_home)
+        loop.insist(self.bring_home)
 
     def _materialise(self, dataset: TFDataset, num_ranks: int) -> Any:
         policy = self._recipe.settings.failure_policy
@@ -205,7 +205,7 @@ class Training:
             return FromValues(InFile.write(flat, wire.scratch_folder(self._context)))
         return FromValues(self._context.broadcast(flat))
 
-    def _bring_home(self) -> None:
+    def bring_home(self) -> None:
         """Sets the user's variables to the weights and model state of the newest commit."""
         loop, run = self.loop, self.loop.run
         averaged = [n for n, g in enumerate(self._recipe.groups.groups) if g.optimizer.use_ema]

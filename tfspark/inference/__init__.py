@@ -1,0 +1,1 @@
+"""Models in use: on DataFrames, RDDs and arrays, and as SQL functions."""
