@@ -340,7 +340,7 @@ optimizer = keras.optimizers.Adam(0.25, weight_decay=0.5)
 step = load(update_program(optimizer).graph)
 one = np.ones(2, np.float32)
 out = step(one, one, np.float64(1), np.float32(1), np.float32(0.25), np.int64(0), 0 * one, 0 * one)
-print(learning_rate_of(optimizer)(), out[0].numpy()[0])
+print(learning_rate_of(optimizer), out[0].numpy()[0])  # no function: its variable is in a graph
 """
 
 
