@@ -325,6 +325,25 @@ def test_arrays_stay_here_unless_told(sc):
     assert keras_model.test_on_batch(x[:4], y[:4])[0] > 0
 
 
+def test_an_evaluation_in_this_process_needs_no_spark(run_python):
+    output = run_python("""
+        import keras, numpy as np
+        from tfspark import KerasModel, TFDataset
+        from tfspark.errors import ClusterError
+        x, y = np.ones([10, 3], np.float32), np.zeros([10, 1], np.float32)
+        dense = keras.layers.Dense(1, kernel_initializer="ones")
+        model = keras.Sequential([keras.Input([3]), dense])
+        model.compile("sgd", "mse", metrics=["mae"])
+        dataset = TFDataset.from_ndarrays((x, y), batch_size=4)
+        print(KerasModel(model, engine="local").evaluate(dataset, return_dict=True))
+        try:
+            KerasModel(model).evaluate(dataset)
+        except ClusterError as error:
+            print(error)
+    """).stdout
+    assert "{'loss': 9.0, 'mae': 3.0}" in output and "init_nncontext()" in output
+
+
 def test_models_are_saved_and_loaded_wherever_files_lie(tmp_path):
     keras_model = KerasModel(without_batch_norm())
     for path in (f"{tmp_path}/deep/model.keras", "memory://tfspark-test/model.keras"):

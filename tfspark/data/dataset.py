@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -498,6 +498,11 @@ class TFDataset:
             sc: the SparkContext.
         """
         return self._source.partitions(sc)
+
+    def local_chunks(self) -> Iterator[bytes]:
+        """Chunks of all rows as stored, in their order, in this process."""
+        for _, chunks in self._source.local_chunks(1):
+            yield from chunks
 
     def materialise_local(self, num_ranks: int) -> Materialised:
         """Writes one store per rank in this process, with the same rows as `materialise`.

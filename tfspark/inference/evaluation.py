@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-from pyspark import SparkContext
 
 from tfspark.data.batches import mapped
 from tfspark.data.chunks import decode
@@ -17,15 +17,15 @@ from tfspark.data.rows import columns_of, physical_spec
 from tfspark.data.spec import RowSpec
 from tfspark.errors import DataError
 from tfspark.graph.program import SEED, MetricSums
-from tfspark.graphdef.loader import configure_threads, load
+from tfspark.graphdef.loader import Loaded, configure_threads, load
 from tfspark.graphdef.pure import PureGraph
-from tfspark.inference.shipping import Shipped, ship_graph
+from tfspark.inference.shipping import Shipped, active_context, ship_graph
 
 PHASE = "evaluate"
 
 
 def evaluate_dataset(sums: MetricSums, dataset: TFDataset, batch_size: int) -> list[np.ndarray]:
-    """What all rows of a data set add to the metrics of a model.
+    """What all rows of a data set add to the metrics of a model, computed by Spark.
 
     Args:
         sums: the model.
@@ -37,20 +37,73 @@ def evaluate_dataset(sums: MetricSums, dataset: TFDataset, batch_size: int) -> l
 
     Raises:
         DataError: there is no row, or a row breaks its declaration.
+        ClusterError: there is no SparkContext.
     """
-    context = SparkContext.getOrCreate()
+    context = active_context()
     shipped = ship_graph(sums.graph, sums.weights, context)
-    task = _Evaluate(shipped, dataset.spec, dataset.mapping, batch_size)
+    task = _Evaluate(shipped, _Rows(dataset.spec, dataset.mapping, batch_size))
     try:
         with driver_errors():
             parts = dataset.partitions(context).mapPartitionsWithIndex(task).collect()
     finally:
         shipped.content.destroy()
-    if not sum(rows for rows, _ in parts):
+    return _total(parts)
+
+
+def evaluate_locally(sums: MetricSums, dataset: TFDataset, batch_size: int) -> list[np.ndarray]:
+    """The same as `evaluate_dataset`, computed in this process.
+
+    Args, Returns, Raises: see there.
+    """
+    rows = _Rows(dataset.spec, dataset.mapping, batch_size)
+    run = load(sums.graph)
+    return _total([rows.added(run, sums.weights, 0, dataset.local_chunks())])
+
+
+Part: TypeAlias = tuple[int, list[np.ndarray]]
+"""Rows, and what they add; nothing where there are none."""
+
+
+def _total(parts: Sequence[Part]) -> list[np.ndarray]:
+    held = [part for rows, part in parts if rows]
+    if not held:
         raise DataError("An evaluation needs at least one row. Received: none.")
     # In the order of partitions, so that it repeats bit by bit.
-    held = [part for rows, part in parts if rows]
     return [np.sum(each, axis=0) for each in zip(*held, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How rows are read.
+
+    Attributes:
+        spec: of them as they are in chunks.
+        mapping: of the data set.
+        batch_size: most rows of one call.
+    """
+
+    spec: RowSpec
+    mapping: PureGraph | None
+    batch_size: int
+
+    def added(
+        self, run: Loaded, weights: Sequence[np.ndarray], partition: int, chunks: Iterable[bytes]
+    ) -> Part:
+        """What the rows of chunks add."""
+        rows, total = 0, None
+        for chunk in chunks:
+            decoded = decode(chunk)
+            spec = physical_spec(decoded.schema, self.spec)
+            for start in range(0, decoded.num_rows, self.batch_size):
+                part = decoded.slice(start, self.batch_size)
+                ids = np.arange(rows, rows + part.num_rows)
+                rows += part.num_rows
+                seeds = row_seeds(0, partition, 0, ids)
+                batch = mapped(self.mapping, columns_of(part, spec), ids, seeds, partition)
+                new = [value.numpy() for value in run(*batch, SEED, *weights)]
+                pairs = zip(total or new, new, strict=True)
+                total = [old + value for old, value in pairs] if total else new
+        return rows, total or []
 
 
 @dataclass(frozen=True)
@@ -58,31 +111,10 @@ class _Evaluate:
     """What a task does with chunks of a data set."""
 
     shipped: Shipped
-    spec: RowSpec
-    mapping: PureGraph | None
-    batch_size: int
+    rows: _Rows
 
-    def __call__(
-        self, partition: int, chunks: Iterable[bytes]
-    ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        rows, total = 0, None
+    def __call__(self, partition: int, chunks: Iterable[bytes]) -> Iterator[Part]:
         with reporting(partition=partition, phase=PHASE):
             configure_threads(self.shipped.threads)
             graph, weights = self.shipped.unpack()
-            run = load(graph)
-            for chunk in chunks:
-                decoded = decode(chunk)
-                spec = physical_spec(decoded.schema, self.spec)
-                for start in range(0, decoded.num_rows, self.batch_size):
-                    part = decoded.slice(start, self.batch_size)
-                    ids = np.arange(rows, rows + part.num_rows)
-                    rows += part.num_rows
-                    seeds = row_seeds(0, partition, 0, ids)
-                    batch = mapped(self.mapping, columns_of(part, spec), ids, seeds, partition)
-                    added = [value.numpy() for value in run(*batch, SEED, *weights)]
-                    total = (
-                        added
-                        if total is None
-                        else [old + new for old, new in zip(total, added, strict=True)]
-                    )
-            yield rows, total or []
+            yield self.rows.added(load(graph), weights, partition, chunks)

@@ -9,7 +9,6 @@ from typing import Any
 
 import optree
 import tensorflow as tf
-from pyspark import SparkContext
 from pyspark.rdd import RDD
 from pyspark.sql import DataFrame
 
@@ -25,6 +24,7 @@ from tfspark.graphdef.nodes import ancestors
 from tfspark.inference.dataframe import ModelUdf, predict_columns
 from tfspark.inference.models import BATCH_SIZE
 from tfspark.inference.rows import predict_arrays, predict_dataset, predict_rdd
+from tfspark.inference.shipping import active_context
 
 
 def predict(
@@ -59,7 +59,7 @@ def predict(
                 "Of a DataFrame it must be said which columns a model takes. "
                 f"Received: no feature_cols=; there are {', '.join(x.columns)}."
             )
-        udf = ModelUdf(prediction, SparkContext.getOrCreate(), batch_size)
+        udf = ModelUdf(prediction, active_context(), batch_size)
         return predict_columns(x, udf, feature_cols, output_cols)
     return predict_arrays(prediction, x, batch_size)
 

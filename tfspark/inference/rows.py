@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from pyspark import SparkContext
 from pyspark.rdd import RDD
 
 from tfspark.data.batches import mapped
@@ -21,7 +20,7 @@ from tfspark.data.spec import STRING, Field, RowSpec
 from tfspark.errors import DataError
 from tfspark.graph.program import Prediction
 from tfspark.graphdef.pure import PureGraph
-from tfspark.inference.shipping import ShippedPrediction, ship
+from tfspark.inference.shipping import ShippedPrediction, active_context, ship
 from tfspark.inference.worker import Predictor, predictor_of
 
 PHASE = "prediction"
@@ -56,7 +55,7 @@ def predict_dataset(prediction: Prediction, dataset: TFDataset, batch_size: int)
     Raises:
         DataError: the rows are not what the model takes.
     """
-    context = SparkContext.getOrCreate()
+    context = active_context()
     spec = dataset.row_spec
     structure = spec.structure()
     features = RowSpec.of(structure[0] if dataset.labelled else structure)

@@ -22,6 +22,7 @@ from pyspark import Broadcast, SparkContext
 from tfspark._aligned import ALIGNMENT
 from tfspark.data.chunks import store_folder
 from tfspark.data.spec import RowSpec
+from tfspark.errors import ClusterError
 from tfspark.graph.program import Prediction
 from tfspark.graphdef.pure import PureGraph
 from tfspark.slots import task_threads
@@ -62,6 +63,20 @@ class ShippedPrediction(Shipped):
 
     inputs: RowSpec
     outputs: RowSpec
+
+
+def active_context() -> SparkContext:
+    """The SparkContext there is.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    context = SparkContext._active_spark_context
+    if context is None:
+        raise ClusterError(
+            "What Spark computes needs a SparkContext. Received: none. Call init_nncontext() first."
+        )
+    return context
 
 
 def ship(prediction: Prediction, context: SparkContext) -> ShippedPrediction:

@@ -20,7 +20,7 @@ from tfspark.graph.from_keras import check_model
 from tfspark.graph.keras_metrics import results_of
 from tfspark.graph.keras_sums import check_additive, sums_from_keras
 from tfspark.graph.prediction import prediction_from_keras
-from tfspark.inference.evaluation import evaluate_dataset
+from tfspark.inference.evaluation import evaluate_dataset, evaluate_locally
 from tfspark.inference.predictor import predict
 from tfspark.train.frontends import KerasFrontEnd
 from tfspark.train.keras_callbacks import callback_list
@@ -274,7 +274,8 @@ class KerasModel:
         rows = batch_size or dataset.batch_per_thread or dataset.batch_size or BATCH_SIZE
         sums = sums_from_keras(self.model, dataset.row_spec)
         check_additive(self.model, sums)
-        found = results_of(self.model, evaluate_dataset(sums, dataset, rows))
+        evaluate = evaluate_locally if self._settings.engine == "local" else evaluate_dataset
+        found = results_of(self.model, evaluate(sums, dataset, rows))
         if return_dict:
             return dict(sorted(found.items()))  # as Keras returns them
         return list(found.values()) if len(found) > 1 else next(iter(found.values()))
