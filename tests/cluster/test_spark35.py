@@ -31,8 +31,21 @@ SOURCE = """
         training.optimize(MaxIteration(5))
         finite = all(np.isfinite(w).all() for w in model.get_weights())
         training.close()
+
+        from tfspark import KerasModel, register_model_udf
+        expected = model.predict(np.array([[float(i), 1.0] for i in range(20)]), verbose=0)
+        model.compile("adam", "mse")
+        predicted = KerasModel(model).predict(frame, feature_cols="x").collect()
+        close = bool(np.allclose([row.prediction for row in predicted], expected, atol=1e-5))
+        a, b = keras.Input([2], name="a"), keras.Input([], name="b")
+        dense = keras.layers.Dense
+        two = keras.Model([a, b], [dense(1, name="c")(a), dense(2, name="d")(a)])
+        function = register_model_udf(spark, "two", two)
+        frame.createOrReplaceTempView("rows")
+        row = spark.sql("SELECT two(x, y) AS z FROM rows").first()
+        kinds = [type(row.z.c).__name__, len(row.z.d)]
     print(json.dumps(dict(
-        version=pyspark.__version__, bits=bits, finite=finite,
+        version=pyspark.__version__, bits=bits, finite=finite, close=close, kinds=kinds,
     )))
 """
 
@@ -55,3 +68,8 @@ def test_engines_give_the_same_bits(result):
 
 def test_a_dataframe_trains(result):
     assert result["finite"]
+
+
+def test_a_dataframe_is_predicted_through_pandas(result):
+    assert result["close"]
+    assert result["kinds"] == ["float", 2]
