@@ -91,6 +91,17 @@ def test_a_history_is_that_of_keras_on_the_same_batches(sc, engine):
     )
 
 
+def test_a_batch_in_parts_counts_once(sc):
+    x, y = rows()
+    histories = []
+    for settings in ({}, {"accumulation_steps": 3}):
+        keras_model = KerasModel(without_batch_norm(), engine="local", num_ranks=2, **settings)
+        dataset = TFDataset.from_ndarrays((x, y), batch_size=BATCH, seed=7)
+        histories.append(keras_model.fit(dataset, epochs=2, verbose=0).history)
+    for name, values in histories[0].items():
+        np.testing.assert_allclose(histories[1][name], values, **CLOSE)
+
+
 def test_weights_of_rows_and_weighted_metrics(sc):
     x, y = rows()
     weight = np.random.default_rng(5).uniform(0.1, 3, ROWS).astype(np.float32)

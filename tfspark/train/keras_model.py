@@ -44,8 +44,8 @@ class KerasModel:
 
     Args:
         model: Sequential, functional or subclassed, and compiled.
-        model_dir: a folder or fsspec URL for checkpoints. `fit` with the same folder goes on from
-            the newest one, and `epochs` then counts those that are done.
+        model_dir: a folder or fsspec URL for the checkpoints of distributed training. `fit` with
+            the same folder goes on from the newest one, and `epochs` counts those that are done.
         optimizer: instead of the compiled one: a Keras optimizer or its name.
         **settings: of `TFOptimizer`, such as `engine` and `num_ranks`.
 
@@ -110,8 +110,9 @@ class KerasModel:
         """Trains for some epochs, as `keras.Model.fit` does.
 
         Loss and metrics of an epoch are those of Keras on the same batches: sums over all rows of
-        the epoch, as the weights were in each step. The optimizer's own slots start anew with each
-        `fit`, unless it goes on from `model_dir`.
+        the epoch, as the weights were in each step. After each epoch the model holds the weights,
+        for callbacks to look at. The optimizer's own slots start anew with each `fit`, unless it
+        goes on from `model_dir`.
 
         Args:
             x: a `TFDataset` of rows `(x, y)` or `(x, y, sample_weight)`, a DataFrame, or arrays in

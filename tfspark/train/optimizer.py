@@ -398,7 +398,9 @@ class TFOptimizer:
         Returns:
             This optimizer.
         """
-        self._started().bring_home()
+        training = self._started()
+        if training.loop.progress.step:  # else they hold it already
+            training.loop.insist(training.bring_home)
         return self
 
     @property
