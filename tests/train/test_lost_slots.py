@@ -103,6 +103,25 @@ def test_fewer_ranks_go_on_and_all_come_back(sc, slots, tmp_path, caplog):
         np.testing.assert_allclose(one, other, atol=0.1)
 
 
+def test_ranks_are_taken_in_as_slots_come(sc, slots, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("tfspark.train.training.slots", lambda context: 2)
+    policy = FailurePolicy(lost_slots="fewer_ranks", **AT_ONCE)
+    model, optimizer = training(failure_policy=policy, model_dir=str(tmp_path))
+    slots(2)
+    every = SeveralIteration(5)
+    optimizer.optimize(MaxIteration(6), every)
+    assert (ranks(optimizer), optimizer.step) == (2, 6)
+    assert caplog.records[0].getMessage().startswith("Starting with 2 of 3 ranks")
+    slots(3)
+    optimizer.optimize(MaxIteration(22), every)
+    assert (ranks(optimizer), optimizer.step) == (3, 22)
+    assert caplog.records[-1].getMessage().startswith("Going on with 3 ranks")
+    optimizer.close()
+    # Other rows in a batch, but as many of them: it learns as it would have.
+    for one, other in zip(model.get_weights(), undisturbed(22), strict=True):
+        np.testing.assert_allclose(one, other, atol=0.25)
+
+
 def test_fewer_ranks_need_a_place_for_a_checkpoint(sc):
     with pytest.raises(InvalidInputError, match="without model_dir"):
         training(failure_policy=FailurePolicy(lost_slots="fewer_ranks"))

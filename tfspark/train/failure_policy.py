@@ -99,8 +99,9 @@ class FailurePolicy:
         lost_slots: how a gang goes on if they do not come. `"take_turns"`: the same ranks share
             the executors that are left, to the same bits, until others are back. `"fewer_ranks"`:
             with as many ranks as there are slots, from a checkpoint that is written for that, so
-            it needs `model_dir`; and with as many as at first from the first checkpoint on when
-            executors are back. The global batch stays the same; which rows are in it differs.
+            it needs `model_dir`; and with all of them from the first checkpoint on when there are
+            executors for them. So it may also start with fewer than `num_ranks`, and grows when
+            more come. The global batch stays the same; which rows are in it differs.
 
     Raises:
         InvalidInputError: a number is negative, or the window is empty.

@@ -35,7 +35,7 @@ from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
 from tfspark.train.pacing import Pacing
 from tfspark.train.progress import planned_steps, progress_reporter
-from tfspark.train.recipe import Recipe
+from tfspark.train.recipe import Recipe, Settings
 from tfspark.train.saving import FromCheckpoint, FromValues, Here, InFile, Trained
 from tfspark.train.triggers import Trigger
 
@@ -43,7 +43,7 @@ logger = logging.getLogger("tfspark")
 
 
 class Ranks(NamedTuple):
-    """How many ranks train, and how many would if no slots had been lost."""
+    """How many ranks train, and how many would with slots for all."""
 
     number: int
     wanted: int
@@ -77,8 +77,7 @@ class Training:
         context = self._context
         settings = recipe.settings
         if ranks is None:
-            wanted = settings.num_ranks or (slots(context) if context else 1)
-            ranks = Ranks(wanted, wanted)
+            ranks = _ranks_at_first(settings, context)
         self.ranks, num_ranks = ranks, ranks.number
         self._name = choose_engine(settings.engine, context, num_ranks, settings.average_every)
         check_leave_out(settings.leave_out, self._name, num_ranks)
@@ -259,6 +258,22 @@ def _run(
 
 def _nothing(error: TFSparkError) -> None:
     """What has to be mended where a try that failed leaves nothing behind."""
+
+
+def _ranks_at_first(settings: Settings, context: SparkContext | None) -> Ranks:
+    if context is None:
+        return Ranks(settings.num_ranks or 1, settings.num_ranks or 1)
+    grows = settings.failure_policy.lost_slots == "fewer_ranks"
+    if settings.num_ranks and not grows:
+        return Ranks(settings.num_ranks, settings.num_ranks)
+    there = slots(context)
+    wanted = settings.num_ranks or there
+    if there >= wanted:
+        return Ranks(wanted, wanted)
+    logger.warning(
+        "Starting with %d of %d ranks, because there are as many task slots.", there, wanted
+    )
+    return Ranks(there, wanted)
 
 
 def _look_for_slots(context: SparkContext, wanted: int) -> None:
