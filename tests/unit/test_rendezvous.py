@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pickle
 import re
 import signal
 import socket
@@ -21,102 +19,17 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranks_meeting import AT, TOKEN, Raw, driver, error_of, eventually, join, meet, on_all
 
 from tfspark.errors import InvalidInputError, TrainingError
 from tfspark.sync.collectives import all_gather_small, barrier
-from tfspark.sync.control import TO_DRIVER, TO_RANK, registration
-from tfspark.sync.encryption import Identity
+from tfspark.sync.control import TO_RANK
 from tfspark.sync.frames import Message
 from tfspark.sync.links import PeerLostError
 from tfspark.sync.member import _CALLED, _CALLER, _HELLO, _MAGIC, Member
-from tfspark.sync.rendezvous import Rendezvous
 from tfspark.sync.secret import NONCE_BYTES, PROOF_BYTES, is_proof, nonce, proof
 
 ROOT = Path(__file__).parent.parent.parent
-TOKEN = "söcret"
-AT = {"phase": "gradient", "step": 7, "timeout_s": 30.0}
-
-
-@contextlib.contextmanager
-def driver(num_ranks, on_report=lambda rank, report: None, identity=None):
-    with Rendezvous(
-        "127.0.0.1", num_ranks, token=TOKEN, on_report=on_report, identity=identity
-    ) as rendezvous:
-        yield rendezvous
-
-
-def join(rendezvous, rank, num_ranks, *, attempt=0, timeout_s=10.0, ports=None, **options):
-    return Member.join(
-        rendezvous.address,
-        options.get("token", TOKEN),
-        rank,
-        attempt,
-        num_ranks,
-        bind_host=options.get("bind_host", "127.0.0.1"),
-        ports=ports,
-        timeout_s=timeout_s,
-        identity=options.get("identity"),
-    )
-
-
-def on_all(num_ranks, function):
-    """`function(rank)` of every rank, at once."""
-    with ThreadPoolExecutor(num_ranks) as pool:
-        return list(pool.map(function, range(num_ranks)))
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def error_of(function, *args, **options):
-    try:
-        function(*args, **options)
-    except TrainingError as error:
-        return error
-    return None
-
-
-class Raw:
-    """A connection to the driver that says what it likes."""
-
-    def __init__(self, rendezvous):
-        self.socket = socket.create_connection(rendezvous.address, 5)
-        self.lines = self.socket.makefile("rb")
-        self.challenge = bytes.fromhex(self.read()["challenge"])
-
-    def send(self, data):
-        self.socket.sendall(data if isinstance(data, bytes) else json.dumps(data).encode() + b"\n")
-        return self
-
-    def register(self, rank, **changes):
-        return self.send(self.registration(rank=rank, **changes))
-
-    def registration(self, *, token=TOKEN, own=None, **changes):
-        """What a rank says first, with changes to it."""
-        said = {"attempt": 0, "rank": 0, "host": "127.0.0.1", "port": 1, **changes}
-        self.nonces = self.challenge, nonce() if own is None else own
-        self.said = registration(*(said[name] for name in ("attempt", "rank", "host", "port")))
-        proven = proof(token, TO_DRIVER, *self.nonces, self.said).hex()
-        return {**said, "nonce": self.nonces[1].hex(), "proof": proven, **changes}
-
-    def read(self):
-        """The next message; None when the connection is closed."""
-        try:
-            line = self.lines.readline()
-        except ConnectionResetError:
-            return None
-        return json.loads(line) if line else None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.lines.close()
-        self.socket.close()
 
 
 class TestMeeting:
@@ -339,7 +252,7 @@ class TestStrangersAtTheDriver:
             stranger.send(stranger.registration(**changes))
             assert stranger.read() is None
             assert rendezvous.failures == []
-            assert on_all(2, lambda rank: _meet(rendezvous, rank)) == [2, 2]
+            assert on_all(2, lambda rank: meet(rendezvous, rank)) == [2, 2]
 
     def test_what_another_connection_has_said_is_of_no_use(self):
         with driver(2) as rendezvous, Raw(rendezvous) as heard, Raw(rendezvous) as stranger:
@@ -371,7 +284,7 @@ class TestStrangersAtTheDriver:
                 stranger.send(line)
             assert stranger.read() is None
             assert rendezvous.failures == []
-            assert on_all(2, lambda rank: _meet(rendezvous, rank)) == [2, 2]
+            assert on_all(2, lambda rank: meet(rendezvous, rank)) == [2, 2]
 
     @settings(
         max_examples=40, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -383,81 +296,7 @@ class TestStrangersAtTheDriver:
                 stranger.send(data + b"\n")
                 assert stranger.read() is None
             assert rendezvous.failures == []
-            assert _meet(rendezvous, 0, 1) == 1
-
-
-def _meet(rendezvous, rank, num_ranks=2, **options):
-    with join(rendezvous, rank, num_ranks, **options) as member:
-        barrier(member.links, **AT)
-        member.done()
-        return member.links.size
-
-
-class TestEncryption:
-    def test_a_round_is_encrypted(self):
-        """With messages larger than the buffers of sockets, in both directions at once."""
-        identity = Identity.make()
-
-        def run(rank):
-            array = np.full(3_000_000, rank, np.float32)
-            with join(rendezvous, rank, 3, identity=identity) as member:
-                assert all(peer.version() == "TLSv1.3" for peer in member.links._sockets.values())
-                assert member.control.version() == "TLSv1.3"
-                messages = {
-                    peer: Message("x", rank, {"to": peer}, {"x": array[: 1 + peer * 1_000_000]})
-                    for peer in member.links.peers
-                }
-                for step in range(3):
-                    received = member.links.exchange(messages, **{**AT, "step": step})
-                    for peer, message in received.items():
-                        assert message.meta == {"to": rank}
-                        assert message.arrays["x"].shape == (1 + rank * 1_000_000,)
-                        assert (message.arrays["x"] == peer).all()
-                member.report({"rank": rank})
-                member.done()
-
-        reports = []
-        with driver(3, lambda *report: reports.append(report), identity) as rendezvous:
-            on_all(3, run)
-            eventually(lambda: len(reports) == 3)
-            assert rendezvous.failures == []
-
-    def test_others_are_not_listened_to(self):
-        """Nobody without the certificate: neither in the clear, nor with one of his own."""
-        identity = Identity.make()
-        with driver(2, identity=identity) as rendezvous:
-            stranger = socket.create_connection(rendezvous.address, 5)
-            with stranger, contextlib.suppress(ConnectionResetError):
-                stranger.sendall(b'{"rank": 0}\n' * 10)
-                assert b"challenge" not in stranger.recv(1000)
-            for other in (None, Identity.make()):
-                error = error_of(join, rendezvous, 0, 2, identity=other, timeout_s=1)
-                assert isinstance(error, TrainingError)
-            assert rendezvous.failures == []
-            met = on_all(2, lambda rank: _meet(rendezvous, rank, identity=identity))
-            assert met == [2, 2]
-
-    def test_a_driver_without_the_certificate_is_refused(self):
-        with driver(1) as rendezvous:
-            error = error_of(join, rendezvous, 0, 1, identity=Identity.make(), timeout_s=1)
-            assert error.rank == 0
-
-    def test_an_abort_arrives(self):
-        identity = Identity.make()
-        with driver(2, identity=identity) as rendezvous, ThreadPoolExecutor(1) as pool:
-            waiting = pool.submit(join, rendezvous, 1, 2, identity=identity)
-            eventually(lambda: rendezvous._members)
-            rendezvous.abort("Interrupted.")
-            with pytest.raises(TrainingError, match="driver ended the round: Interrupted"):
-                waiting.result(timeout=3)
-
-    def test_a_key_is_not_shown_and_pickles(self):
-        identity = Identity.make()
-        assert "PRIVATE KEY" in identity.key and "PRIVATE" not in repr(identity)
-        ours, theirs = socket.socketpair()
-        identity.secured(ours, server_side=True).close()
-        theirs.close()
-        assert pickle.loads(pickle.dumps(identity)) == identity
+            assert meet(rendezvous, 0, 1) == 1
 
 
 class TestTheEnd:
@@ -659,7 +498,7 @@ class TestAttempts:
 def test_nothing_is_left_behind():
     def once():
         with driver(2) as rendezvous:
-            on_all(2, lambda rank: _meet(rendezvous, rank))
+            on_all(2, lambda rank: meet(rendezvous, rank))
             with Raw(rendezvous) as stranger:
                 stranger.send(b"x\n").read()
 
