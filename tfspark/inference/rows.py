@@ -88,20 +88,33 @@ def predict_arrays(prediction: Prediction, arrays: Any, batch_size: int) -> Any:
             f"Arrays have the structure of the model's inputs: {', '.join(spec.names)}. "
             f"Received: {error}."
         ) from error
-    rows = {len(array) if array.ndim else 0 for array in given}
-    if len(rows) != 1:
-        raise DataError(f"All inputs have one number of rows. Received: {sorted(rows)}.")
+    shapes = [array.shape for array in given]
+    rows = {shape[0] for shape in shapes if shape}
+    if len(rows) != 1 or not all(shapes):
+        raise DataError(
+            f"All inputs are arrays with the same number of rows. Received: shapes {shapes}."
+        )
     predictor = Predictor(prediction.graph, prediction.weights, prediction.outputs)
     parts: list[list[np.ndarray]] = []
     (count,) = rows
     for start in range(0, max(count, 1), batch_size):
         batch = [
-            stacked(list(array[start : start + batch_size]), field, 0, start)
+            _as_declared(array[start : start + batch_size], field, start)
             for array, field in zip(given, spec.fields, strict=True)
         ]
         parts.append(predictor(batch))
     joined = [np.concatenate(list(part)) for part in zip(*parts, strict=True)]
     return prediction.outputs.unflatten(joined)
+
+
+def _as_declared(array: np.ndarray, field: Field, first: int) -> np.ndarray:
+    """Rows of an array in the dtype of an input; looked at one by one only where they must be."""
+    fits = len(array.shape) == len(field.shape) + 1 and all(
+        want in (None, have) for have, want in zip(array.shape[1:], field.shape, strict=True)
+    )
+    if fits and array.dtype == field.numpy_dtype and field.dtype != STRING:
+        return array
+    return stacked(list(array), field, 0, first)
 
 
 def stacked(values: Sequence[Any], field: Field, partition: int, first: int) -> np.ndarray:
