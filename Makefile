@@ -42,10 +42,13 @@ spark35: $(READY)
 # A small training with other Pythons, where they are installed; each takes an environment of 2 GB.
 pythons: $(READY)
 	@for version in $(PYTHONS); do \
-	    folder=.venv-$$version; \
-	    command -v python$$version >/dev/null || { echo "There is no python$$version." >&2; continue; }; \
+	    folder=.venv-$$version; python=; \
+	    for each in python$$version $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$version.*/bin/python; do \
+	        "$$each" -c '' 2>/dev/null && { python=$$each; break; }; \
+	    done; \
+	    test -n "$$python" || { echo "There is no python$$version." >&2; continue; }; \
 	    test -e $$folder/.ready || { \
-	        python$$version -m venv $$folder && \
+	        "$$python" -m venv $$folder && \
 	        $$folder/bin/python -m pip install --quiet --editable . --constraint requirements.txt && \
 	        touch $$folder/.ready; } || exit 1; \
 	done
