@@ -21,7 +21,7 @@ SOURCE = """
     result["namespaces"] = namespaces
 
     def trained(name, strike=None, wait_s=0.0, **settings):
-        wait_for(lambda: registered_slots(sc) >= 3)
+        wait_for(lambda: registered_slots(sc) >= 3, 180)
         del logs[:]
         policy = FailurePolicy(wait_for_slots_s=wait_s)
         model, training = optimizer(
@@ -49,7 +49,7 @@ SOURCE = """
         cluster.hosts.pop().kill()
         training.optimize(MaxIteration(24), **every)
         cluster.add_host()
-        wait_for(lambda: registered_slots(sc) >= 3)
+        wait_for(lambda: registered_slots(sc) >= 3, 180)
         training.optimize(MaxIteration(STEPS), **every)
 
     def lose_all(training, every):
@@ -76,7 +76,7 @@ SOURCE = """
             authenticate__secret="of the test", speculation=True,
         )
         with application(cluster.url, **settings) as sc:
-            wait_for(lambda: registered_slots(sc) >= 3)
+            wait_for(lambda: registered_slots(sc) >= 3, 180)
             result["doctor"] = [str(finding) for finding in examine(sc, str(folder / "shared"))]
             result["addresses"] = addresses(sc)
             trained("nothing")
