@@ -60,7 +60,7 @@ def predicted_type(field: Field) -> tuple[T.DataType, pa.DataType]:
     if field.shape in ((), (1,)):
         return spark, arrow
     for _ in field.shape:
-        spark, arrow = T.ArrayType(spark, containsNull=False), pa.list_(arrow)
+        spark, arrow = T.ArrayType(spark), pa.list_(arrow)
     return spark, arrow
 
 
@@ -87,7 +87,7 @@ class ModelUdf:
         if len(fields) > 1:
             self.return_type = T.StructType(
                 [
-                    T.StructField(field.name, spark, nullable=False)
+                    T.StructField(field.name, spark)
                     for field, (spark, _) in zip(fields, types, strict=True)
                 ]
             )

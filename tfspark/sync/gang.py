@@ -99,7 +99,6 @@ class GangEngine(ShuffleEngine):
         self._place = MeetingPlace.of(context)
         self._longest_alone_s: float | None = None  # between two exchanges
         self._stage_handles: RDD | None = None  # while rounds run in stages
-        self._has_failed = False  # the last round; executors may be gone
 
     def _round_handles(self, run: Run) -> RDD:
         frames = handle_frames(self._source, copies=1)
@@ -116,10 +115,6 @@ class GangEngine(ShuffleEngine):
         there = self._slots_there()
         if there < self._run.value.num_ranks:
             return self._round_in_stages(commit, plan, there)
-        if self._has_failed and not wire.is_whole(self._handles):
-            # Spark would find out too, after some seconds in which it tries the stage again.
-            logger.warning("Rebuilding lost stores.")
-            self.rebuild()
         started = time.perf_counter()
         self._release_all_but(commit)
         told: dict[int, str] = {}
@@ -152,9 +147,7 @@ class GangEngine(ShuffleEngine):
                     grace_s=min(_GRACE_S + 2 * (self._longest_alone_s or 0.0), _MOST_GRACE_S),
                 )
             except TFSparkError as error:
-                self._has_failed = True
                 raise self._cause(error, meeting.failures, told) from None
-        self._has_failed = False
         if outcome.records:
             longest_step_s = max(sum(r.seconds.values()) for r in outcome.records)
             self._longest_alone_s = run.average_every * longest_step_s

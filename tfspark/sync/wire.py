@@ -102,16 +102,6 @@ def held(rdd: Frames) -> Frames:
     return RDD(made.toJavaRDD(), context, NoOpSerializer())
 
 
-def is_whole(rdd: Frames) -> bool:
-    """Whether there is a copy of every block of a persisted RDD, as far as the driver knows."""
-    context, jvm = rdd.context, _bridge(rdd.context)
-    master = context._jsc.sc().env().blockManager().master()
-    return all(
-        not master.getLocations(jvm.rdd_block_id(rdd.id(), partition)).isEmpty()
-        for partition in range(rdd.getNumPartitions())
-    )
-
-
 def compute(rdd: Frames) -> int:
     """Computes every partition without sending it anywhere; the number of frames."""
     return rdd._jrdd.rdd().count()
