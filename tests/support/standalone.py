@@ -128,7 +128,10 @@ def standalone(
     """
     # Driver and executors run this interpreter; both look here.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    settings = {"spark.master.rest.enabled": "false", **(settings or {})}
+    # A host whose network goes with it says no farewell: until its time is up the master counts it,
+    # and starts no executor on another one in its place.
+    known = {"spark.master.rest.enabled": "false", "spark.worker.timeout": "15"}
+    settings = {**known, **(settings or {})}
     with ExitStack() as undo:
         address = "127.0.0.1"
         if namespaces:
