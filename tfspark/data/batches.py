@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from tfspark.data.chunks import decode
 from tfspark.data.order import BatchOrder, row_seeds
+from tfspark.data.rows import columns_of, physical_spec
+from tfspark.data.spec import RowSpec
 from tfspark.data.store import Handle, Store
 from tfspark.errors import UserFunctionError
 
@@ -110,6 +113,37 @@ def evaluation_batches(
             yield mapped(mapping, arrays, ids, seeds, handle.rank), stop - start
 
     return one_ahead(batches())
+
+
+def chunk_batches(
+    chunks: Iterable[bytes],
+    spec: RowSpec,
+    mapping: PureGraph | None,
+    batch_rows: int,
+    partition: int,
+) -> Iterator[tuple[Batch, int]]:
+    """All rows of chunks in their order, as they come; nothing is kept.
+
+    Args:
+        chunks: of a partition.
+        spec: of the rows; dimensions of None are taken from the chunks.
+        mapping: the user's map over batches; its random operations draw the same every time.
+        batch_rows: most rows of a batch; a chunk's last batch may have fewer.
+        partition: of the rows.
+
+    Yields:
+        The batch and its number of rows.
+    """
+    first = 0
+    for chunk in chunks:
+        decoded = decode(chunk)
+        known = physical_spec(decoded.schema, spec)
+        for start in range(0, decoded.num_rows, batch_rows):
+            part = decoded.slice(start, batch_rows)
+            ids = np.arange(first, first + part.num_rows)
+            first += part.num_rows
+            seeds = row_seeds(0, partition, 0, ids)
+            yield mapped(mapping, columns_of(part, known), ids, seeds, partition), part.num_rows
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -492,7 +492,9 @@ class TFDataset:
         return materialise(self._source, self._id, sc, num_ranks, shares_files)
 
     def partitions(self, sc: SparkContext) -> RDD:
-        """RDD of chunks of all rows as stored, in their order; lazy, and nothing is kept.
+        """RDD of chunks of all rows as stored; lazy, and nothing is kept.
+
+        They are in their order, but for tf.data and TFRecord: each partition reads a share.
 
         Args:
             sc: the SparkContext.

@@ -72,12 +72,10 @@ def reporting(**where: Any) -> Iterator[None]:
         **where: such as `rank=`, `step=`, `phase=`; added to the error where it lacks them.
     """
     try:
-        yield
-    except TaskFailure:
-        raise
-    # The border of the process: whatever is not carried over here reaches the driver as Java text.
-    except Exception as error:
-        raise TaskFailure(encoded(_located(error, where), last_lines())) from error
+        with locating(**where):
+            yield
+    except TFSparkError as error:
+        raise TaskFailure(encoded(error, last_lines())) from error
 
 
 @contextmanager
@@ -93,7 +91,7 @@ def locating(**where: Any) -> Iterator[None]:
         yield
     except TaskFailure:
         raise
-    # As in `reporting`.
+    # The border of the process: whatever is not carried over here reaches the driver as Java text.
     except Exception as error:
         raise _located(error, where) from error
 

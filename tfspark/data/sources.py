@@ -46,7 +46,10 @@ class Source(ABC):
         """RDD of chunks, partition `r` holding those of rank `r`; lazy."""
 
     def partitions(self, context: SparkContext) -> RDD:
-        """RDD of chunks in partitions as they come, in the order of the rows; lazy."""
+        """RDD of chunks in partitions as they come; lazy.
+
+        Rows that Spark or this process holds are in their order, others as partitions read them.
+        """
         return self.chunks(context, context.defaultParallelism)
 
     @abstractmethod

@@ -95,10 +95,6 @@ class ModelUdf:
         task = _Predict(self._shipped, tuple(arrow for _, arrow in types), batch_size)
         self.function = _udf(task, len(prediction.inputs.fields), self.return_type)
 
-    def release(self) -> None:
-        """Frees the weights; the function cannot be used any more."""
-        self._shipped.content.destroy()
-
 
 @dataclass(frozen=True)
 class _Predict:

@@ -8,12 +8,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from tfspark.data.batches import mapped
-from tfspark.data.chunks import decode
+from tfspark.data.batches import chunk_batches
 from tfspark.data.dataset import TFDataset
 from tfspark.data.failures import driver_errors, reporting
-from tfspark.data.order import row_seeds
-from tfspark.data.rows import columns_of, physical_spec
 from tfspark.data.spec import RowSpec
 from tfspark.errors import DataError
 from tfspark.graph.program import SEED, MetricSums
@@ -91,18 +88,12 @@ class _Rows:
     ) -> Part:
         """What the rows of chunks add."""
         rows, total = 0, None
-        for chunk in chunks:
-            decoded = decode(chunk)
-            spec = physical_spec(decoded.schema, self.spec)
-            for start in range(0, decoded.num_rows, self.batch_size):
-                part = decoded.slice(start, self.batch_size)
-                ids = np.arange(rows, rows + part.num_rows)
-                rows += part.num_rows
-                seeds = row_seeds(0, partition, 0, ids)
-                batch = mapped(self.mapping, columns_of(part, spec), ids, seeds, partition)
-                new = [value.numpy() for value in run(*batch, SEED, *weights)]
-                pairs = zip(total or new, new, strict=True)
-                total = [old + value for old, value in pairs] if total else new
+        batches = chunk_batches(chunks, self.spec, self.mapping, self.batch_size, partition)
+        for batch, count in batches:
+            rows += count
+            new = [value.numpy() for value in run(*batch, SEED, *weights)]
+            pairs = zip(total or new, new, strict=True)
+            total = [old + value for old, value in pairs] if total else new
         return rows, total or []
 
 

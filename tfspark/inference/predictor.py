@@ -110,7 +110,10 @@ class TFPredictor:
         return self
 
     def predict(self) -> RDD:
-        """RDD of the outputs, arrays `[*shape]` in their structure, in the order of the rows."""
+        """RDD of the outputs, arrays `[*shape]` in their structure, in the order of the rows.
+
+        Those of tf.data and TFRecord data sets are in the order in which partitions read them.
+        """
         rows = self._dataset.batch_per_thread or self._dataset.batch_size or BATCH_SIZE
         return predict_dataset(self.prediction, self._dataset, rows)
 

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 from pyspark.rdd import RDD
 
-from tfspark.data.batches import mapped
-from tfspark.data.chunks import decode
+from tfspark.data.batches import chunk_batches
 from tfspark.data.dataset import TFDataset
 from tfspark.data.failures import locating, user_rows
-from tfspark.data.order import row_seeds
-from tfspark.data.rows import RowBuffer, columns_of, physical_spec
+from tfspark.data.rows import RowBuffer
 from tfspark.data.spec import STRING, Field, RowSpec
 from tfspark.errors import DataError
 from tfspark.graph.program import Prediction
@@ -50,7 +48,8 @@ def predict_dataset(prediction: Prediction, dataset: TFDataset, batch_size: int)
         batch_size: most rows of one call of the model.
 
     Returns:
-        RDD of the outputs in their structure, in the order of the rows; lazy.
+        RDD of the outputs in their structure, in the order of the rows; lazy. The rows of tf.data
+        and TFRecord data sets are in the order in which partitions read them: each its share.
 
     Raises:
         DataError: the rows are not what the model takes.
@@ -189,19 +188,11 @@ class _PredictChunks:
     batch_size: int
 
     def __call__(self, partition: int, chunks: Iterable[bytes]) -> Iterator[Any]:
-        first = 0
         with locating(partition=partition, phase=PHASE):
             predictor = predictor_of(self.model)
-            for chunk in chunks:
-                decoded = decode(chunk)
-                spec = physical_spec(decoded.schema, self.spec)
-                for start in range(0, decoded.num_rows, self.batch_size):
-                    part = decoded.slice(start, self.batch_size)
-                    ids = np.arange(first, first + part.num_rows)
-                    first += part.num_rows
-                    seeds = row_seeds(0, partition, 0, ids)
-                    batch = mapped(self.mapping, columns_of(part, spec), ids, seeds, partition)
-                    yield from rows_of(self.model.outputs, predictor(batch[: self.features]))
+            batches = chunk_batches(chunks, self.spec, self.mapping, self.batch_size, partition)
+            for batch, _ in batches:
+                yield from rows_of(self.model.outputs, predictor(batch[: self.features]))
 
 
 def _check_inputs(have: RowSpec, want: RowSpec) -> None:

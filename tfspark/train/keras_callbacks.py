@@ -38,16 +38,11 @@ def callback_list(
     """A `keras.callbacks.CallbackList` with a history and, unless silent, a progress bar.
 
     Args:
-        callbacks: of the user.
+        callbacks: of the user, after `check_callback`.
         model: that they look at.
         verbose: as of `fit`.
         epochs, steps: of the training, for their `params`.
-
-    Raises:
-        InvalidInputError: one wants to be called for every batch; names it and the remedy.
     """
-    for callback in callbacks or ():
-        check_callback(callback)
     return keras.callbacks.CallbackList(
         list(callbacks or ()),
         add_history=True,
@@ -60,7 +55,11 @@ def callback_list(
 
 
 def check_callback(callback: Any) -> None:
-    """Refuses a callback that needs batches; see `callback_list`."""
+    """Refuses a callback that needs batches.
+
+    Raises:
+        InvalidInputError: it wants to be called for every batch; names it and the remedy.
+    """
     name = type(callback).__name__
     if not isinstance(callback, keras.callbacks.Callback):
         raise InvalidInputError(f"Callbacks are keras.callbacks.Callback. Received: {name}.")

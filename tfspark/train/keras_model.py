@@ -23,7 +23,7 @@ from tfspark.graph.prediction import prediction_from_keras
 from tfspark.inference.evaluation import evaluate_dataset, evaluate_locally
 from tfspark.inference.predictor import predict
 from tfspark.train.frontends import KerasFrontEnd
-from tfspark.train.keras_callbacks import callback_list
+from tfspark.train.keras_callbacks import callback_list, check_callback
 from tfspark.train.model_files import fetched_file, write_file
 from tfspark.train.optimizer import TFOptimizer
 from tfspark.train.recipe import Settings
@@ -162,6 +162,8 @@ class KerasModel:
                 steps_per_epoch=steps_per_epoch,
                 validation_freq=validation_freq,
             )
+        for callback in callbacks or ():
+            check_callback(callback)  # before anything is computed
         columns = _Columns(feature_cols, label_cols, weight_col)
         batching = {"batch_size": batch_size or BATCH_SIZE, "shuffle": shuffle, "seed": seed}
         if validation_split and validation_data is None:
@@ -457,6 +459,7 @@ class _Weighted:
         for each, weight in weights.items():
             self._table[each] = weight
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, x: Any, y: Any, sample_weight: Any = None) -> tuple[Any, Any, Any]:
         if sample_weight is not None:
             raise InvalidInputError(
