@@ -395,6 +395,9 @@ def test_bad_input_is_one_clear_error(sc, frame):
     keras_model = KerasModel(without_batch_norm())
     with pytest.raises(InvalidInputError, match="there are x, y, weight, name"):
         keras_model.fit(frame, label_cols="y")
+    for method in (keras_model.fit, keras_model.evaluate):
+        with pytest.raises(ProgramError, match=r"rows without labels.*columns of labels"):
+            method(frame, feature_cols="x", verbose=0)
     with pytest.raises(InvalidInputError, match="hold their labels"):
         keras_model.fit(frame, y, feature_cols="x")
     with pytest.raises(InvalidInputError, match="distributed=False"):

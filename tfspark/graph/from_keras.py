@@ -201,6 +201,11 @@ def model_loss(
             "A model needs a loss to train. "
             f"Received: model {model.name!r} without one. Compile it, or give loss=…."
         )
+    if compile_loss is not None and not custom and y is None:
+        raise ProgramError(
+            "A loss compares predictions with labels. Received: rows without labels for model "
+            f"{model.name!r}. Make rows (x, y), or name the columns of labels."
+        )
     with replaced(model, "_compile_loss", compile_loss):
         total = model._compute_loss(x, y, predictions, sample_weight, training=training)
         flat = compile_loss._flat_losses if compile_loss is not None and compile_loss.built else []
