@@ -10,7 +10,8 @@ tensorflow_steps.limit_threads(tf, options.workers)
 model, optimizer, _ = tensorflow_steps.make(tf, keras, options)
 model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 data = tensorflow_steps.batches(tf, options, options.batch)
-data = data.map(lambda features, labels: (tensorflow_steps.inputs_of(features), labels))
+# As a tuple: of a list tf.data makes one tensor.
+data = data.map(lambda features, labels: (features[0] if len(features) == 1 else features, labels))
 
 
 def fit(steps):
