@@ -74,7 +74,7 @@ def convolution() -> tuple[Any, Any]:
     model = keras.Sequential(
         [
             layers.Input((6, 6, 2)),
-            layers.Conv2D(3, 3),
+            layers.Conv2D(3, 3, name="_stem"),  # no name that a graph takes as it is
             layers.BatchNormalization(),
             layers.ReLU(),
             layers.Flatten(),

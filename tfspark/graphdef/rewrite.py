@@ -19,6 +19,7 @@ random numbers, is one more argument, and a loop changes it in every iteration.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -168,6 +169,7 @@ class Emitter:
         return walk
 
     def _unique(self, name: str) -> str:
+        name = _valid(name)
         candidate, count = name, 0
         while candidate in self.nodes:
             count += 1
@@ -178,6 +180,12 @@ class Emitter:
         node = node_def_pb2.NodeDef(op=kind, name=name, input=inputs)
         self.nodes[name] = node
         return node
+
+
+def _valid(name: str) -> str:
+    """A name as GraphDef allows it; a variable or a layer may have any, such as `_stem`."""
+    name = re.sub(r"[^A-Za-z0-9_.\\/>-]", "_", name)
+    return name if re.match(r"[A-Za-z0-9.]", name) else f"node{name}"
 
 
 class _Walk:
