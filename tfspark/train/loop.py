@@ -17,6 +17,7 @@ from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
 from tfspark.sync.interrupts import raise_if_noted
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.failure_policy import FailurePolicy, Failures
+from tfspark.train.history import History
 from tfspark.train.left_out import LeftOutRows
 from tfspark.train.pacing import Pacing
 from tfspark.train.progress import ProgressReporter, planned_steps
@@ -95,6 +96,7 @@ class TrainingLoop:
         left_out: counts the rows of ranks that steps went on without; None where none may be.
         failures: decides which jobs are done again.
         after_save: called after a checkpoint, from which training may go on in another way.
+        history: losses and scores so far.
         redone_steps: taken again after failures, as far as an engine told of them before it failed.
     """
 
@@ -114,6 +116,7 @@ class TrainingLoop:
     left_out: LeftOutRows | None = None
     failures: Failures = field(default_factory=lambda: Failures(FailurePolicy()))
     after_save: Callable[[], None] | None = None
+    history: History = field(default_factory=History)
     redone_steps: int = 0
     _seen_step: int = 0  # the newest that the engine told of
     _saved_step: int | None = None
@@ -169,6 +172,7 @@ class TrainingLoop:
             "schedules": self.rates.state(),
             "rows_per_epoch": self.run.order.total_rows,
             "loss": self.progress.loss,  # a trigger may look at it again after a resume
+            "history": self.history.state(),
         }
         self.insist(
             lambda: save(
@@ -239,6 +243,9 @@ class TrainingLoop:
     def _record(self, result: RoundResult) -> None:
         if self.left_out is not None:
             self.left_out.add(result.records)
+        for record in result.records:
+            ends_epoch = self.run.order.locate(record.step)[1] == 0
+            self.history.add_step(record.loss, record.rows, ends_epoch)
         if self.train_summary is None or not result.records:
             return
         seconds_per_step = result.seconds / len(result.records)
@@ -259,6 +266,7 @@ class TrainingLoop:
         assert self.validate is not None
         validate = self.validate
         self.scores = self.insist(lambda: validate(self.commit))
+        self.history.add_scores(self.progress.step, self.scores)
         score = score_of(self.scores)
         self.progress = replace(self.progress, score=score)
         if score is not None:

@@ -20,6 +20,7 @@ from tfspark.train.frontends import (
     KerasFrontEnd,
     graph_metrics,
 )
+from tfspark.train.history import History
 from tfspark.train.manifest import Manifest
 from tfspark.train.recipe import Recipe, Settings
 from tfspark.train.saving import FromCheckpoint, newest_whole
@@ -479,6 +480,11 @@ class TFOptimizer:
     def scores(self) -> dict[str, float]:
         """The scores of the last validation by name; empty before it."""
         return dict(self._training.loop.scores) if self._training else {}
+
+    @property
+    def history(self) -> History:
+        """Mean loss of each epoch and scores of each validation, those before a resume included."""
+        return self._training.loop.history if self._training else History()
 
     @property
     def batch_size(self) -> int:

@@ -24,7 +24,12 @@ _FILE_NUMBER = itertools.count()
 
 
 class _Summary:
-    """A folder of event files; see the two public classes."""
+    """A folder of event files; see the two public classes.
+
+    Attributes:
+        arguments: `log_dir` and `app_name`, as given.
+        log_dir: the folder of the files.
+    """
 
     _folder = ""
 
@@ -35,6 +40,7 @@ class _Summary:
                     f"{type(self).__name__}'s {argument} is a string that is not empty. "
                     f"Received: {value!r}."
                 )
+        self.arguments = (os.fspath(log_dir), os.fspath(app_name))
         self.log_dir = os.path.join(os.fspath(log_dir), os.fspath(app_name), self._folder)
         self._writer: tf.io.TFRecordWriter | None = None
         try:
@@ -156,7 +162,7 @@ class TrainSummary(_Summary):
 
     def __init__(self, log_dir: str | os.PathLike[str], app_name: str):
         super().__init__(log_dir, app_name)
-        self._triggers: dict[str, Trigger] = {}
+        self.triggers: dict[str, Trigger] = {}
 
     def set_summary_trigger(self, name: str, trigger: Trigger) -> TrainSummary:
         """Writes a curve only after the steps at which a trigger fires, not after each.
@@ -179,7 +185,7 @@ class TrainSummary(_Summary):
         if name not in self.SCALARS:
             known = ", ".join(self.SCALARS)
             raise InvalidInputError(f"A summary's name is one of {known}. Received: {name!r}.")
-        self._triggers[name] = check_trigger(trigger, "trigger")
+        self.triggers[name] = check_trigger(trigger, "trigger")
         return self
 
     def add_step(self, progress: Progress, scalars: Mapping[str, float]) -> None:
@@ -190,7 +196,7 @@ class TrainSummary(_Summary):
             scalars: value by tag. `"Phase/update"` follows the trigger of `"Phase"`.
         """
         for tag, value in scalars.items():
-            trigger = self._triggers.get(tag.partition("/")[0])
+            trigger = self.triggers.get(tag.partition("/")[0])
             if trigger is None or trigger(progress):
                 self.add_scalar(tag, value, progress.step)
 

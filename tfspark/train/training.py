@@ -30,6 +30,7 @@ from tfspark.train.engines import (
     materialise,
 )
 from tfspark.train.failure_policy import Cause, Failures, cause_of
+from tfspark.train.history import History
 from tfspark.train.left_out import LeftOutRows
 from tfspark.train.leftovers import release_with
 from tfspark.train.loop import TrainingLoop, progress_at, score_of
@@ -157,11 +158,12 @@ class Training:
     ) -> TrainingLoop:
         groups = self._recipe.groups
         groups.bind(run.order.steps_per_epoch, run.order.batch_size)
-        step, loss, scores = 0, None, {}
+        step, loss, scores, history = 0, None, {}, History()
         if isinstance(initial, FromCheckpoint):
             manifest = initial.manifest
             step, loss = manifest.step, manifest.training.get("loss")
             scores = dict(manifest.metrics)
+            history = History.restored(manifest.training.get("history"))
             groups.restore(manifest.training["schedules"])
             logger.info("Going on from step %d of %s.", step, initial.store.model_dir)
         commit = self._failures.insist(
@@ -178,6 +180,7 @@ class Training:
             retention=self._recipe.settings.retention,
             pacing=Pacing(most_steps=engine.most_steps, average_every=run.average_every),
             scores=scores,
+            history=history,
             failures=self._failures,
         )
 
