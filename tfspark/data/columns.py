@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,17 +60,26 @@ class DataFrameSource(SparkSource):
         frame: with one column `c0`, `c1` … per column of the user, vectors as arrays.
         spec: the fields of all columns, structs taken apart.
         paths: for each field in flat order, its column's index and the struct fields within it.
+        num_classes: for each field, of how many classes it is the number of one; None: of none.
     """
 
     frame: DataFrame
     spec: RowSpec
     paths: tuple[tuple[int, ...], ...]
+    num_classes: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, frame: DataFrame, structure: Any) -> DataFrameSource:
+    def of(
+        cls, frame: DataFrame, structure: Any, num_classes: Mapping[str, int] | None = None
+    ) -> DataFrameSource:
         """A source of a structure whose leaves are column names.
 
         Array columns get the length that they have in the first row, which takes a small job.
+
+        Args:
+            frame: the DataFrame.
+            structure: of names.
+            num_classes: by column, where rows hold the number of a class, counted from 0.
 
         Raises:
             DataError: a column is missing, or has a type that cannot become a tensor.
@@ -100,7 +109,16 @@ class DataFrameSource(SparkSource):
         spec = RowSpec.of(optree.tree_unflatten(treedef, parts))
         if any(field.shape for field in spec.fields):
             spec = _measured(spec, selected, paths)
-        return cls(selected, spec, tuple(paths))
+        counts = num_classes or {}
+        for field, (first, *_) in zip(spec.fields, paths, strict=True):
+            if field.dtype == STRING and names[first] in counts:
+                raise DataError(
+                    "A label is the number of a class. "
+                    f"Received: text in {names[first]!r}. "
+                    "Number the classes with a StringIndexer."
+                )
+        by_field = [counts.get(names[first]) for first, *_ in paths]
+        return cls(selected, spec, tuple(paths), tuple(by_field))
 
     @property
     def num_partitions(self) -> int:
@@ -109,7 +127,9 @@ class DataFrameSource(SparkSource):
 
     def encoded(self) -> RDD:
         """RDD of chunks in the partitions of the DataFrame."""
-        encoded = self.frame.mapInArrow(_EncodeArrow(self.spec, self.paths), "chunk binary")
+        encoded = self.frame.mapInArrow(
+            _EncodeArrow(self.spec, self.paths, self.num_classes), "chunk binary"
+        )
         return encoded.rdd.map(_first)
 
 
@@ -117,6 +137,7 @@ class DataFrameSource(SparkSource):
 class _EncodeArrow:
     spec: RowSpec
     paths: tuple[tuple[int, ...], ...]
+    num_classes: tuple[int | None, ...]
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         context = TaskContext.get()
@@ -128,12 +149,29 @@ class _EncodeArrow:
                     continue
                 try:
                     physical, spec = to_physical(batch, spec, self.paths)
+                    self._check_classes(batch)
                 except DataError as error:
                     where = {**error.where, "partition": partition, "row": done + error.row}
                     raise DataError(error.message, **where) from error
                 done += batch.num_rows
                 for part in slices(physical):
                     yield pa.record_batch([pa.array([encode(part)], pa.binary())], ["chunk"])
+
+    def _check_classes(self, batch: pa.RecordBatch) -> None:
+        """Refuses a label that is not the number of a class."""
+        for field, path, count in zip(self.spec.fields, self.paths, self.num_classes, strict=False):
+            if count is None or field.shape or len(path) > 1:
+                continue
+            labels = batch.column(path[0]).to_numpy(zero_copy_only=False)
+            wrong = np.flatnonzero(~((labels >= 0) & (labels < count) & (labels % 1 == 0)))
+            if wrong.size:
+                raise DataError(
+                    f"A label is the number of one of {count} classes, from 0 to {count - 1}. "
+                    f"Received: {labels[wrong[0]]} in {field.name!r}. Number the classes with a "
+                    "StringIndexer, or give the model as many outputs as there are classes.",
+                    row=int(wrong[0]),
+                    field=field.name,
+                )
 
 
 def to_physical(

@@ -188,6 +188,7 @@ class TFDataset:
         shuffle: bool = True,
         *,
         weights_col: str | None = None,
+        num_classes: Mapping[str, int] | None = None,
         seed: int = 0,
     ) -> TFDataset:
         """Rows of a DataFrame, through Arrow. `columns.py` lists what column becomes what tensor.
@@ -197,6 +198,8 @@ class TFDataset:
             feature_cols: one column for one tensor, several for a list of tensors.
             labels_cols: likewise.
             weights_col: of sample weights; goes with labels.
+            num_classes: how many classes there are, by column of labels: another number than of
+                one of them, from 0, is refused when training starts.
             validation_df: rows to validate on, with the same columns.
 
         Raises:
@@ -219,10 +222,10 @@ class TFDataset:
                     f"Received: weights_col={weights_col!r} without labels_cols."
                 )
             structure = (*structure, weights_col)
-        source = DataFrameSource.of(df, structure)
+        source = DataFrameSource.of(df, structure, num_classes)
         validation = None
         if validation_df is not None:
-            held = DataFrameSource.of(validation_df, structure)
+            held = DataFrameSource.of(validation_df, structure, num_classes)
             validation = cls(replace(held, spec=source.spec), batching)
         return cls(source, batching, validation)
 

@@ -56,9 +56,7 @@ class RowMapping:
                 than tensors of known shapes.
         """
         spec = self.target
-        converted = tf.__internal__.autograph.tf_convert(
-            function, tf.__internal__.autograph.control_status_ctx()
-        )
+        converted = with_autograph(function)
         structures: list[Any] = []
 
         def flat(*tensors: Any) -> list[Any]:
@@ -106,6 +104,18 @@ class RowMapping:
         ]
         seeds = tf.TensorSpec([None, 2], tf.int64, "row_seeds")
         return trace(over_batch, [*signature, seeds], allow=DATASET_OPS).graph
+
+
+def with_autograph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose Python conditions on tensors become TensorFlow's.
+
+    Objects whose `__call__` is marked with `do_not_convert` stay as they are: AutoGraph, called for
+    them, would leave the function alone and still wrap its errors in errors of its own.
+    """
+    if hasattr(type(function).__call__, "autograph_info__"):
+        return function
+    autograph = tf.__internal__.autograph
+    return autograph.tf_convert(function, autograph.control_status_ctx())
 
 
 def _tensor(value: Any) -> Any:
