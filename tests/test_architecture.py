@@ -25,6 +25,7 @@ BELOW = {
     "sync": {"errors", "_aligned", "_optional", "slots", "graphdef", "data", "graph"},
     "train": {"errors", "_optional", "slots", "graphdef", "data", "graph", "inference", "sync"},
 }
+BELOW["nnframes"] = {"errors", "graphdef", "data", "graph", "inference", "train"}
 BELOW["doctor"] = set(BELOW) - {"daemon"}
 BELOW["__main__"] = {"doctor"}
 FRAMEWORKS = {
@@ -33,6 +34,8 @@ FRAMEWORKS = {
     "tensorflow": {"graphdef", "data", "graph", "inference", "sync", "train", "doctor"},
     "keras": {"graphdef", "graph", "inference", "sync", "train"},
 }
+for _layers in FRAMEWORKS.values():
+    _layers.add("nnframes")  # stages of Spark ML with models of Keras: all of them
 # Imported by every Python worker that writes data, where TensorFlow would cost seconds.
 WITHOUT_TENSORFLOW = {"data/spec.py", "data/store.py", "data/order.py"}
 

@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from tfspark.graph.lars import LARS
     from tfspark.inference.models import register_model_udf
     from tfspark.inference.predictor import TFNet, TFPredictor
+    from tfspark.nnframes import (
+        NNClassifier,
+        NNClassifierModel,
+        NNEstimator,
+        NNFeaturizer,
+        NNImageReader,
+        NNModel,
+    )
     from tfspark.sync.stragglers import LeaveOut
     from tfspark.train.failure_policy import FailurePolicy
     from tfspark.train.keras_model import KerasModel
@@ -65,6 +73,9 @@ _NAMES_OF = {
     "tfspark.graph.lars": "LARS",
     "tfspark.inference.models": "register_model_udf",
     "tfspark.inference.predictor": "TFNet TFPredictor",
+    "tfspark.nnframes": (
+        "NNClassifier NNClassifierModel NNEstimator NNFeaturizer NNImageReader NNModel"
+    ),
     "tfspark.sync.stragglers": "LeaveOut",
     "tfspark.train.failure_policy": "FailurePolicy",
     "tfspark.train.keras_model": "KerasModel",
@@ -105,6 +116,12 @@ __all__ = [
     "MaxScore",
     "MinLoss",
     "MultiStep",
+    "NNClassifier",
+    "NNClassifierModel",
+    "NNEstimator",
+    "NNFeaturizer",
+    "NNImageReader",
+    "NNModel",
     "Nadam",
     "Plateau",
     "Poly",

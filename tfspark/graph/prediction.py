@@ -44,7 +44,13 @@ def prediction_from_keras(model: Any, inputs: RowSpec | None = None) -> Predicti
             "A Keras 3 model is expected. "
             f"Received: {type(model).__module__}.{type(model).__qualname__}."
         )
-    spec = _declared_inputs(model) if inputs is None else inputs
+    spec = declared_inputs(model) if inputs is None else inputs
+    if spec is None:
+        raise ProgramError(
+            "A model that does not declare its inputs is used on rows of a known kind. "
+            f"Received: {type(model).__name__} {model.name!r}, which has no Input. Say what it "
+            "takes: inputs=(dtype, shape), or a list or dict of these, without the rows."
+        )
     build(model, spec)
     names = getattr(model, "output_names", None)
 
@@ -187,19 +193,15 @@ def _signature(inputs: RowSpec) -> list[tf.TensorSpec]:
     return [*batch, tf.TensorSpec([2], tf.int64)]
 
 
-def _declared_inputs(model: keras.Model) -> RowSpec:
-    """Of a row, as a functional or Sequential model declares its inputs."""
+def declared_inputs(model: keras.Model) -> RowSpec | None:
+    """Of a row, as a functional or Sequential model declares its inputs; None: it does not."""
     if isinstance(model, keras.Sequential):
-        declared = model.inputs[0] if model.inputs else None  # `input` only after a first call
+        # `input` only after a first call, and `inputs` only with a layer after the Input.
+        inputs = getattr(model, "inputs", None)
+        declared = inputs[0] if inputs else None
     else:
         declared = getattr(model, "input", None)
-    if declared is None:
-        raise ProgramError(
-            "A model that does not declare its inputs is used on rows of a known kind. "
-            f"Received: {type(model).__name__} {model.name!r}, which has no Input. Say what it "
-            "takes: inputs=(dtype, shape), or a list or dict of these, without the rows."
-        )
-    return RowSpec.of(optree.tree_map(_field_of, declared))
+    return None if declared is None else RowSpec.of(optree.tree_map(_field_of, declared))
 
 
 def _field_of(tensor: Any, name: str | None = None) -> Field:
@@ -273,3 +275,27 @@ def _fits(have: Sequence[int | None], want: Sequence[int | None]) -> bool:
     return len(have) == len(want) and all(
         expected is None or size == expected for size, expected in zip(have, want, strict=True)
     )
+
+
+def with_postprocessing(
+    prediction: Prediction, function: Callable[..., Mapping[str, Any]]
+) -> Prediction:
+    """A prediction with other outputs.
+
+    Args:
+        prediction: whose outputs are taken.
+        function: from its outputs, `[rows, *shape]`, to tensors `[rows, …]` by name; their order
+            is that of the outputs.
+    """
+    names: list[str] = []
+
+    def predict(*tensors: Any) -> list[Any]:
+        named = function(*call(prediction.graph, tensors))
+        names[:] = named
+        return list(named.values())
+
+    values = [tf.TensorSpec(weight.shape, weight.dtype) for weight in prediction.weights]
+    traced = trace_graph(predict, [*_signature(prediction.inputs), *values], ordered=False)
+    graph = purify_function(traced, allow=DATASET_OPS).graph
+    outputs = _output_spec(list(range(len(names))), graph, names)
+    return Prediction(graph, prediction.weights, prediction.inputs, outputs)
