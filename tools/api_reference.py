@@ -25,6 +25,10 @@ SECTIONS = {
     "Data": "tfspark: TFDataset",
     "Training": "tfspark: TFOptimizer KerasModel FailurePolicy LeaveOut",
     "Prediction": "tfspark: TFPredictor TFNet register_model_udf",
+    "Spark ML": (
+        "tfspark: NNEstimator NNModel NNClassifier NNClassifierModel NNFeaturizer NNImageReader; "
+        "tfspark.nnframes: TrainingSummary"
+    ),
     "Triggers": (
         "tfspark: MaxEpoch MaxIteration EveryEpoch SeveralIteration MaxScore MinLoss TriggerAnd "
         "TriggerOr"

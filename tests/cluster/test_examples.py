@@ -43,3 +43,20 @@ def test_a_stream_is_scored_once(tmp_path):
     counts = [tuple(map(int, each)) for each in found]
     assert [each[:2] for each in counts] == [(100, 100), (160, 160)]
     assert counts[1][2] > 0.85 * 160
+
+
+def test_a_pipeline_of_census_income_is_cross_validated_and_saved(tmp_path):
+    output = printed("census_income.py", tmp_path, "--epochs", "3")
+    slow, fast = map(float, re.findall(r"learning rate .*: AUC ([\d.]+)", output))
+    assert slow < fast
+    found = re.search(r"not seen: AUC ([\d.]+), accuracy ([\d.]+)", output)
+    assert float(found[1]) > 0.89
+    assert float(found[2]) > 0.83
+    assert (tmp_path / "census_model" / "metadata").exists()
+
+
+def test_a_classifier_learns_from_twenty_photos(tmp_path):
+    output = printed("transfer_learning.py", tmp_path)
+    assert re.search(r"20 photos, \d+ with an animal", output)
+    assert float(re.search(r"not learnt from: ([\d.]+)", output)[1]) > 0.7
+    assert (tmp_path / "animals_model" / "metadata").exists()
