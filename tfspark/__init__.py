@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         NNModel,
     )
     from tfspark.sync.stragglers import LeaveOut
+    from tfspark.train.estimator import ModeKeys, TFEstimator, TFEstimatorSpec
     from tfspark.train.failure_policy import FailurePolicy
     from tfspark.train.keras_model import KerasModel
     from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
@@ -77,6 +78,7 @@ _NAMES_OF = {
         "NNClassifier NNClassifierModel NNEstimator NNFeaturizer NNImageReader NNModel"
     ),
     "tfspark.sync.stragglers": "LeaveOut",
+    "tfspark.train.estimator": "ModeKeys TFEstimator TFEstimatorSpec",
     "tfspark.train.failure_policy": "FailurePolicy",
     "tfspark.train.keras_model": "KerasModel",
     "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
@@ -115,6 +117,7 @@ __all__ = [
     "MaxIteration",
     "MaxScore",
     "MinLoss",
+    "ModeKeys",
     "MultiStep",
     "NNClassifier",
     "NNClassifierModel",
@@ -130,6 +133,8 @@ __all__ = [
     "SeveralIteration",
     "Step",
     "TFDataset",
+    "TFEstimator",
+    "TFEstimatorSpec",
     "TFNet",
     "TFOptimizer",
     "TFPredictor",

@@ -23,7 +23,10 @@ first sections come straight from `tfspark`, those of the last ones from the mod
 SECTIONS = {
     "Spark": "tfspark: init_nncontext",
     "Data": "tfspark: TFDataset",
-    "Training": "tfspark: TFOptimizer KerasModel FailurePolicy LeaveOut",
+    "Training": (
+        "tfspark: TFOptimizer KerasModel TFEstimator TFEstimatorSpec ModeKeys FailurePolicy "
+        "LeaveOut"
+    ),
     "Prediction": "tfspark: TFPredictor TFNet register_model_udf",
     "Spark ML": (
         "tfspark: NNEstimator NNModel NNClassifier NNClassifierModel NNFeaturizer NNImageReader; "

@@ -85,7 +85,7 @@ def program_from_keras(
             mean, total = total, total * tf.cast(rows, total.dtype)
         if tracks_metrics:
             keras_metrics.update_metrics(model, mean, rows, x, y, predictions, sample_weight)
-            added = keras_metrics.metric_sums(model)
+            added = keras_metrics.metric_sums(model.metrics_variables)
             sums[:] = sums_for(model)
             for variable, value in zip(sums, added, strict=True):
                 variable.assign_add(value)

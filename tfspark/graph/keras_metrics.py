@@ -83,16 +83,16 @@ def is_sum(loss: Any) -> bool:
     return getattr(loss, "reduction", None) == "sum"
 
 
-def metric_sums(model: keras.Model) -> list[Any]:
-    """What the metrics' variables have become in this graph, less what they are outside of it.
+def metric_sums(variables: Sequence[Any]) -> list[Any]:
+    """What variables of metrics have become in this graph, less what they are outside of it.
 
-    To be called in the graph that updates them, after `reset`.
+    To be called in the graph that updates them, after a reset.
     """
     with tf.init_scope():
-        before = [variable.numpy() for variable in model.metrics_variables]
+        before = [variable.numpy() for variable in variables]
     return [
         tf.cast(tf.convert_to_tensor(variable), tf.float64) - tf.constant(value, tf.float64)
-        for variable, value in zip(model.metrics_variables, before, strict=True)
+        for variable, value in zip(variables, before, strict=True)
     ]
 
 
@@ -111,12 +111,17 @@ def results_of(model: keras.Model, sums: Sequence[np.ndarray]) -> dict[str, floa
     """
     with context.eager_mode():
         model.reset_metrics()
-        for variable, value in zip(model.metrics_variables, sums, strict=True):
-            start = np.asarray(variable.numpy(), np.float64)
-            variable.assign((start + value).astype(variable.dtype))
+        add_sums(model.metrics_variables, sums)
         found = model.get_metrics_result()
         model.reset_metrics()
     return {name: _plain(value) for name, value in found.items()}
+
+
+def add_sums(variables: Sequence[Any], sums: Sequence[np.ndarray]) -> None:
+    """Adds sums to the variables of metrics that were reset; in eager mode."""
+    for variable, value in zip(variables, sums, strict=True):
+        start = np.asarray(variable.numpy(), np.float64)
+        variable.assign((start + value).astype(variable.dtype))
 
 
 def _plain(value: Any) -> Any:

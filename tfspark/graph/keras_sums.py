@@ -61,7 +61,7 @@ def batch_sums(model: keras.Model, spec: RowSpec, *tensors: Any) -> list[Any]:
     with losses_by_rows(compiled, y, predictions, rows, 1.0):
         loss = model_loss(model, compiled, 1.0, x, y, predictions, sample_weight, training=False)
     update_metrics(model, loss, rows, x, y, predictions, sample_weight)
-    return metric_sums(model)
+    return metric_sums(model.metrics_variables)
 
 
 def check_additive(model: keras.Model, sums: MetricSums) -> None:
