@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tfspark.context import init_nncontext
     from tfspark.data.dataset import TFDataset
     from tfspark.graph.lars import LARS
+    from tfspark.graph.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.inference.models import register_model_udf
     from tfspark.inference.predictor import TFNet, TFPredictor
     from tfspark.nnframes import (
@@ -44,8 +45,8 @@ if TYPE_CHECKING:
     from tfspark.sync.stragglers import LeaveOut
     from tfspark.train.estimator import ModeKeys, TFEstimator, TFEstimatorSpec
     from tfspark.train.failure_policy import FailurePolicy
+    from tfspark.train.gan import GANEstimator
     from tfspark.train.keras_model import KerasModel
-    from tfspark.train.metrics import NDCG, HitRatio, Top1Accuracy, Top5Accuracy
     from tfspark.train.optimizer import TFOptimizer
     from tfspark.train.plateau import Plateau
     from tfspark.train.scaling import LinearScaling
@@ -80,8 +81,9 @@ _NAMES_OF = {
     "tfspark.sync.stragglers": "LeaveOut",
     "tfspark.train.estimator": "ModeKeys TFEstimator TFEstimatorSpec",
     "tfspark.train.failure_policy": "FailurePolicy",
+    "tfspark.train.gan": "GANEstimator",
     "tfspark.train.keras_model": "KerasModel",
-    "tfspark.train.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
+    "tfspark.graph.metrics": "HitRatio NDCG Top1Accuracy Top5Accuracy",
     "tfspark.train.optimizer": "TFOptimizer",
     "tfspark.train.plateau": "Plateau",
     "tfspark.train.scaling": "LinearScaling",
@@ -107,6 +109,7 @@ __all__ = [
     "EveryEpoch",
     "FailurePolicy",
     "Ftrl",
+    "GANEstimator",
     "HitRatio",
     "KerasModel",
     "Lamb",

@@ -24,8 +24,8 @@ SECTIONS = {
     "Spark": "tfspark: init_nncontext",
     "Data": "tfspark: TFDataset",
     "Training": (
-        "tfspark: TFOptimizer KerasModel TFEstimator TFEstimatorSpec ModeKeys FailurePolicy "
-        "LeaveOut"
+        "tfspark: TFOptimizer KerasModel TFEstimator TFEstimatorSpec ModeKeys "
+        "GANEstimator FailurePolicy LeaveOut"
     ),
     "Prediction": "tfspark: TFPredictor TFNet register_model_udf",
     "Spark ML": (

@@ -214,6 +214,25 @@ def test_tensors_of_a_session(sc):
     np.testing.assert_allclose(net.predict(sc.parallelize(x, 3)).collect(), expected, rtol=1e-5)
 
 
+def test_a_net_is_evaluated(sc):
+    model, x = classifier(), features()
+    y = np.random.default_rng(1).integers(0, 3, len(x))
+    net = TFNet(prediction_from_keras(model))
+    dataset = TFDataset.from_ndarrays((x, y), batch_per_thread=64)
+    found = net.evaluate(dataset, ["accuracy", "sparse_categorical_crossentropy"])
+    predicted = model.predict(x, verbose=0)
+    assert found == {
+        "accuracy": pytest.approx(np.mean(predicted.argmax(1) == y)),
+        "sparse_categorical_crossentropy": pytest.approx(
+            -np.mean(np.log(predicted[np.arange(len(y)), y])), rel=1e-5
+        ),
+    }
+    with pytest.raises(InvalidInputError, match="without labels"):
+        net.evaluate(TFDataset.from_ndarrays(x, batch_per_thread=64), "mse")
+    with pytest.raises(DataError, match="must be what the model takes"):
+        net.evaluate(TFDataset.from_ndarrays((x[:, :2], y), batch_per_thread=64), "mse")
+
+
 def test_a_saved_model_and_an_export_folder(sc, tmp_path):
     import json
 

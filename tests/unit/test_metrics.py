@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tfspark.errors import InvalidInputError
-from tfspark.train.metrics import (
+from tfspark.graph.metrics import (
     NDCG,
     HitRatio,
     Top1Accuracy,

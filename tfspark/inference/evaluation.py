@@ -1,11 +1,12 @@
-"""The metrics of a Keras model over rows that Spark holds, without a training."""
+"""The metrics of a model over rows that Spark holds, without a training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import keras
 import numpy as np
 
 from tfspark.data.batches import chunk_batches
@@ -13,7 +14,8 @@ from tfspark.data.dataset import TFDataset
 from tfspark.data.failures import driver_errors, reporting
 from tfspark.data.spec import RowSpec
 from tfspark.errors import DataError
-from tfspark.graph.program import SEED, MetricSums
+from tfspark.graph.output_sums import results_of_sums, sums_of_outputs
+from tfspark.graph.program import SEED, MetricSums, Prediction
 from tfspark.graphdef.loader import Loaded, configure_threads, load
 from tfspark.graphdef.pure import PureGraph
 from tfspark.inference.shipping import Shipped, active_context, ship_graph
@@ -55,6 +57,46 @@ def evaluate_locally(sums: MetricSums, dataset: TFDataset, batch_size: int) -> l
     rows = _Rows(dataset.spec, dataset.mapping, batch_size)
     run = load(sums.graph)
     return _total([rows.added(run, sums.weights, 0, dataset.local_chunks())])
+
+
+def evaluate_outputs(
+    prediction: Prediction,
+    dataset: TFDataset,
+    metrics: Mapping[str, Any],
+    batch_size: int,
+    *,
+    means: Sequence[str] = (),
+    local: bool = False,
+) -> dict[str, Any]:
+    """Metrics of labels and a model's outputs over all rows of a data set.
+
+    Args:
+        prediction: of the first fields of a row, as many as it has inputs.
+        dataset: rows `(x, y)`; weights of rows are not looked at, as in metrics of Keras.
+        metrics: Keras metrics by name, of labels and outputs.
+        batch_size: most rows of one call of the model.
+        means: names for the first outputs, of which the mean over rows is taken; metrics see the
+            others: one as it is, several as a list.
+        local: compute in this process.
+
+    Returns:
+        By name: the means, then the metrics.
+    """
+    rows = dataset.row_spec
+    averages = {name: keras.metrics.Mean(name=name) for name in means}
+
+    def update(batch: Sequence[Any], outputs: Sequence[Any]) -> None:
+        for average, output in zip(averages.values(), outputs, strict=False):
+            average.update_state(output)
+        labels = rows.unflatten(batch)[1] if dataset.labelled else None
+        predicted = list(outputs[len(means) :])
+        for metric in metrics.values():
+            metric.update_state(labels, predicted[0] if len(predicted) == 1 else predicted)
+
+    every = {**averages, **metrics}
+    sums = sums_of_outputs(prediction, rows, every, update)
+    found = (evaluate_locally if local else evaluate_dataset)(sums, dataset, batch_size)
+    return results_of_sums(every, found)
 
 
 Part: TypeAlias = tuple[int, list[np.ndarray]]

@@ -13,7 +13,9 @@ from pyspark.rdd import RDD
 from pyspark.sql import DataFrame
 
 from tfspark.data.dataset import TFDataset, dataset_of
+from tfspark.data.spec import RowSpec
 from tfspark.errors import InvalidInputError, ProgramError
+from tfspark.graph.metrics import metrics_from
 from tfspark.graph.prediction import (
     prediction_from_graph,
     prediction_from_keras,
@@ -22,8 +24,9 @@ from tfspark.graph.prediction import (
 from tfspark.graph.program import Prediction
 from tfspark.graphdef.nodes import ancestors
 from tfspark.inference.dataframe import ModelUdf, predict_columns
+from tfspark.inference.evaluation import evaluate_outputs
 from tfspark.inference.models import BATCH_SIZE
-from tfspark.inference.rows import predict_arrays, predict_dataset, predict_rdd
+from tfspark.inference.rows import check_inputs, predict_arrays, predict_dataset, predict_rdd
 from tfspark.inference.shipping import active_context
 
 
@@ -217,6 +220,33 @@ class TFNet:
             feature_cols=feature_cols,
             output_cols=output_cols,
         )
+
+    def evaluate(
+        self, dataset: TFDataset, metrics: Any, batch_per_thread: int | None = None
+    ) -> dict[str, Any]:
+        """Metrics of the model's outputs over all rows, computed by Spark.
+
+        Args:
+            dataset: rows `(x, y)`; weights of rows are not looked at, as in metrics of Keras.
+            metrics: Keras metrics of labels and outputs, or their names; one, a list, or a dict by
+                name. Of several outputs a metric gets a list.
+            batch_per_thread: most rows of one call of the model; default: that of the data set.
+
+        Returns:
+            By name: a float, or an array.
+
+        Raises:
+            InvalidInputError: rows without labels.
+            DataError: the rows are not what the model takes.
+        """
+        if not dataset.labelled:
+            raise InvalidInputError(
+                "An evaluation compares outputs with labels. Received: a data set without labels. "
+                "Make rows (x, y)."
+            )
+        rows = batch_per_thread or dataset.batch_per_thread or dataset.batch_size or BATCH_SIZE
+        check_inputs(RowSpec.of(dataset.row_spec.structure()[0]), self.prediction.inputs)
+        return evaluate_outputs(self.prediction, dataset, metrics_from(metrics), rows)
 
 
 def _one(tensors: list[Any]) -> Any:

@@ -58,7 +58,7 @@ def predict_dataset(prediction: Prediction, dataset: TFDataset, batch_size: int)
     spec = dataset.row_spec
     structure = spec.structure()
     features = RowSpec.of(structure[0] if dataset.labelled else structure)
-    _check_inputs(features, prediction.inputs)
+    check_inputs(features, prediction.inputs)
     task = _PredictChunks(
         ship(prediction, context), dataset.spec, dataset.mapping, len(features.fields), batch_size
     )
@@ -195,7 +195,13 @@ class _PredictChunks:
                 yield from rows_of(self.model.outputs, predictor(batch[: self.features]))
 
 
-def _check_inputs(have: RowSpec, want: RowSpec) -> None:
+def check_inputs(have: RowSpec, want: RowSpec) -> None:
+    """Refuses rows that are not what a model takes.
+
+    Raises:
+        DataError: names both.
+    """
+
     def shown(spec: RowSpec) -> str:
         return ", ".join(f"{f.name}: {f.dtype} {list(f.shape)}" for f in spec.fields)
 

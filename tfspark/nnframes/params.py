@@ -12,8 +12,8 @@ from pyspark.ml.param.shared import HasSeed, HasValidationIndicatorCol, HasWeigh
 from pyspark.sql import DataFrame
 
 from tfspark.errors import InvalidInputError
+from tfspark.graph.metrics import metrics_from
 from tfspark.nnframes.features import preprocessing_of
-from tfspark.train.metrics import metrics_from
 from tfspark.train.recipe import Settings
 from tfspark.train.summary import TrainSummary, ValidationSummary
 from tfspark.train.triggers import check_trigger

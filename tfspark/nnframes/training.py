@@ -21,12 +21,12 @@ from tfspark.data.mapping import RowMapping
 from tfspark.data.spec import RowSpec
 from tfspark.errors import InvalidInputError
 from tfspark.graph.from_keras import build, check_model
+from tfspark.graph.metrics import metrics_from
 from tfspark.graph.prediction import declared_inputs, prediction_from_keras, with_preprocessing
 from tfspark.graph.program import Prediction
 from tfspark.nnframes.features import FeatureColumns, Prepare, Preprocessing
 from tfspark.nnframes.summary import TrainingSummary
 from tfspark.train.checkpoint import Retention
-from tfspark.train.metrics import metrics_from
 from tfspark.train.optimizer import TFOptimizer
 from tfspark.train.triggers import EveryEpoch, MaxEpoch, TriggerOr
 

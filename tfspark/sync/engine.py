@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -205,19 +205,23 @@ class RankState:
         return replace(self, records=[], halt=None)
 
 
+StepRates: TypeAlias = "tuple[float | None, ...]"
+"""The learning rate of each parameter group in a step; None: it rests, weights and slots stay."""
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """The steps of one round.
 
     Attributes:
         first_step: finished steps before the round.
-        learning_rates: for each step of the round, one rate per parameter group.
+        learning_rates: for each step of the round, those of the parameter groups.
         stop: called on every rank after each step with (finished steps, loss of the step); true
             ends the round there. Must be a pure function, and pickle.
     """
 
     first_step: int
-    learning_rates: tuple[tuple[float, ...], ...]
+    learning_rates: tuple[StepRates, ...]
     stop: Callable[[int, float], bool] | None = None
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from tfspark._aligned import aligned_empty
 from tfspark.data.batches import BatchReader
 from tfspark.sync.collectives import all_gather_small, all_reduce_sum
-from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRecord
+from tfspark.sync.engine import Halt, RankState, RoundPlan, StepRates, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.links import Links
 from tfspark.sync.messages import Contribution, gradient_message, shard_message
@@ -154,9 +154,7 @@ class GangRank:
         memory = self._links.common_memory(num_bytes, step=step, timeout_s=self._limit_s)
         return None if memory is None else memory.view(dtype).reshape(shape)
 
-    def _step(
-        self, state: RankState, rates: tuple[float, ...], plan: RoundPlan, last: bool
-    ) -> RankState:
+    def _step(self, state: RankState, rates: StepRates, plan: RoundPlan, last: bool) -> RankState:
         program, step = self._program, state.step
         run = program.run
         shards = self._gather_shards(state)

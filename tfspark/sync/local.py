@@ -19,6 +19,7 @@ from tfspark.sync.engine import (
     RoundPlan,
     RoundResult,
     Run,
+    StepRates,
     StepRecord,
     merge_accumulators,
     merge_outcomes,
@@ -67,7 +68,7 @@ class LocalEngine(Engine):
         )
 
     def _step(
-        self, states: list[RankState], rates: tuple[float, ...], plan: RoundPlan, last: bool
+        self, states: list[RankState], rates: StepRates, plan: RoundPlan, last: bool
     ) -> list[RankState]:
         program = self._program
         replica = self._replica(states)

@@ -27,7 +27,7 @@ import numpy as np
 
 from tfspark._aligned import aligned_empty
 from tfspark.data.batches import BatchReader
-from tfspark.sync.engine import Halt, RankState, RoundPlan, Run, StepRecord
+from tfspark.sync.engine import Halt, RankState, RoundPlan, Run, StepRates, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.gang_rank import GangRank, Patience
 from tfspark.sync.links import Links
@@ -183,9 +183,7 @@ class LocalRank(GangRank):
             )
         return period
 
-    def _update(
-        self, whole: RankState, contribution: Contribution, rates: tuple[float, ...]
-    ) -> RankState:
+    def _update(self, whole: RankState, contribution: Contribution, rates: StepRates) -> RankState:
         """The state after a step that no other rank takes part in."""
         assert contribution.gradient is not None and contribution.mean is not None
         program = self._program

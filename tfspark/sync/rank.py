@@ -27,7 +27,7 @@ from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
 from tfspark.graph.sums import at_elements, tensor_sums
 from tfspark.graphdef.loader import HandOver, array_of, load, load_in_parts, op_error
-from tfspark.sync.engine import Halt, RankState, Run, StepRecord
+from tfspark.sync.engine import Halt, RankState, Run, StepRates, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.messages import Contribution, halt_from
 
@@ -300,7 +300,7 @@ class RankProgram:
         kind: str,
         state: RankState,
         reduced: Reduced,
-        learning_rates: Sequence[float],
+        learning_rates: StepRates,
         sums: Mapping[str, np.ndarray],
     ) -> np.ndarray:
         """This rank's part of one kind of sums over whole tensors, which the engine adds up.
@@ -309,7 +309,7 @@ class RankProgram:
             kind: of `Run.sums`.
             state: of this rank, before the step.
             reduced: this rank's slice of the sums of gradients.
-            learning_rates: per group.
+            learning_rates: per group; None: it rests in this step.
             sums: over all ranks, of the kinds before this one.
 
         Returns:
@@ -320,10 +320,13 @@ class RankProgram:
         num_tensors = len(layout.weights)
         if kind == "clipping":
             gradient = reduced.gradient / reduced.rows
+            for group, rate in enumerate(learning_rates):
+                if rate is None:
+                    gradient[layout.group_slice(group)] = 0
             return tensor_squared_norms(gradient, layout.segments(state.rank), num_tensors)
         total = np.zeros((max(update.num_sums for update in updates), num_tensors))
         for group, terms in enumerate(self._terms):
-            if terms is not None:
+            if terms is not None and learning_rates[group] is not None:
                 outputs = terms(*self._inputs(group, state, reduced, learning_rates, sums))
                 total[: len(outputs)] += tensor_sums(
                     [array_of(output) for output in outputs],
@@ -336,7 +339,7 @@ class RankProgram:
         self,
         state: RankState,
         reduced: Reduced,
-        learning_rates: Sequence[float],
+        learning_rates: StepRates,
         sums: Mapping[str, np.ndarray],
         stop: Callable[[int, float], bool] | None = None,
     ) -> RankState:
@@ -345,7 +348,7 @@ class RankProgram:
         Args:
             state: of this rank, before the step.
             reduced: this rank's slice of the sums.
-            learning_rates: per group.
+            learning_rates: per group; None: it rests in this step, its weights and slots stay.
             sums: over whole tensors and all ranks, of every kind in `Run.sums`; none after a halt.
             stop: see `RoundPlan`; every rank gets the same answer, so all halt together.
         """
@@ -356,6 +359,10 @@ class RankProgram:
         started = time.perf_counter()
         shards, slots = [], []
         for group, update in enumerate(self._updates):
+            if learning_rates[group] is None:
+                shards.append(state.shard[self.run.layout.group_slice(group)])
+                slots.append(state.slots[group])
+                continue
             outputs = update(
                 *self._inputs(group, state, reduced, learning_rates, sums),
                 *self._rule_sums(group, state.rank, sums),
@@ -386,7 +393,7 @@ class RankProgram:
         group: int,
         state: RankState,
         reduced: Reduced,
-        learning_rates: Sequence[float],
+        learning_rates: StepRates,
         sums: Mapping[str, np.ndarray],
     ) -> list[Any]:
         """Inputs 1 to 6 of a group's `UpdateProgram`."""

@@ -33,7 +33,7 @@ from pyspark.rdd import RDD
 from tfspark.data.failures import reporting
 from tfspark.sync import wire
 from tfspark.sync.carriers import Carrier, message_of, state_of
-from tfspark.sync.engine import Halt, RankState, RoundPlan, RoundResult, Run, StepRecord
+from tfspark.sync.engine import Halt, RankState, RoundPlan, RoundResult, Run, StepRates, StepRecord
 from tfspark.sync.frames import Message, encode
 from tfspark.sync.local import sum_in_rank_order
 from tfspark.sync.messages import (
@@ -163,7 +163,7 @@ class _Sums:
     run: Broadcast
     step: int
     carrier: Carrier
-    learning_rates: tuple[float, ...]
+    learning_rates: StepRates
     kind: str
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -192,7 +192,7 @@ class _Update:
     run: Broadcast
     step: int
     carrier: Carrier
-    learning_rates: tuple[float, ...]
+    learning_rates: StepRates
     stop: Callable[[int, float], bool] | None
 
     def __call__(self, rank: int, frames: Iterable[bytes]) -> RankState:

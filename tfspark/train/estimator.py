@@ -18,14 +18,13 @@ from tensorflow.python.eager import context
 from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
 from tfspark.graph.from_graph import initialize, name_of
-from tfspark.graph.output_sums import results_of_sums, sums_of_outputs
+from tfspark.graph.metrics import metrics_from
 from tfspark.graph.prediction import prediction_from_graph
-from tfspark.inference.evaluation import evaluate_dataset, evaluate_locally
+from tfspark.inference.evaluation import evaluate_outputs
 from tfspark.inference.models import BATCH_SIZE
 from tfspark.inference.rows import predict_dataset
 from tfspark.train.checkpoint import CheckpointStore
 from tfspark.train.frontends import check_dataset
-from tfspark.train.metrics import metrics_from
 from tfspark.train.optimizer import TFOptimizer
 from tfspark.train.recipe import Settings
 from tfspark.train.saving import newest_whole
@@ -205,8 +204,13 @@ class TFEstimator:
             )
         with context.eager_mode():
             compared = metrics_from(_each(others)) | metrics_from(_each(eval_methods))
-            found = _evaluated(
-                prediction, dataset, list(means), compared, self._settings.engine == "local"
+            found = evaluate_outputs(
+                prediction,
+                dataset,
+                compared,
+                _batch_of(dataset),
+                means=list(means),
+                local=self._settings.engine == "local",
             )
         return {**found, "global_step": step}
 
@@ -323,27 +327,6 @@ def _rows_of(tensor: Any, dataset: TFDataset) -> Any:
         return tensor
     first = optree.tree_leaves(dataset.tensors)[0]
     return tf.fill(tf.shape(first)[:1], tensor)
-
-
-def _evaluated(
-    prediction: Any, dataset: TFDataset, means: list[str], compared: Mapping[str, Any], local: bool
-) -> dict[str, float]:
-    """The mean over rows of the first outputs, and metrics of labels and the others."""
-    averages = {name: keras.metrics.Mean(name=name) for name in means}
-    rows = dataset.row_spec
-
-    def update(batch: Sequence[Any], outputs: Sequence[Any]) -> None:
-        for average, output in zip(averages.values(), outputs, strict=False):
-            average.update_state(output)
-        predicted = list(outputs[len(means) :])
-        labels = rows.unflatten(batch)[1] if dataset.labelled else None
-        for metric in compared.values():
-            metric.update_state(labels, predicted[0] if len(predicted) == 1 else predicted)
-
-    metrics = {**averages, **compared}
-    sums = sums_of_outputs(prediction, rows, metrics, update)
-    evaluate = evaluate_locally if local else evaluate_dataset
-    return results_of_sums(metrics, evaluate(sums, dataset, _batch_of(dataset)))
 
 
 def _each(metrics: Any) -> Any:

@@ -22,9 +22,9 @@ from tfspark.graph.from_graph import name_of as graph_name_of
 from tfspark.graph.from_graph import program_from_loss
 from tfspark.graph.from_keras import build, check_model, program_from_keras
 from tfspark.graph.from_train_op import program_from_train_op
+from tfspark.graph.metrics import metrics_from
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.nodes import ancestors
-from tfspark.train.metrics import metrics_from
 
 Metrics = Sequence[Any]
 """The metric objects of an evaluation, which turn accumulators into results."""

@@ -16,6 +16,7 @@ from tfspark.graph.optimizers import (
     learning_rate_of,
     optimizer_from,
 )
+from tfspark.sync.engine import StepRates
 from tfspark.train import rates
 from tfspark.train.plateau import PlateauState
 
@@ -29,12 +30,14 @@ class ParameterGroup:
         weight_decay: whether its weight decay applies to these weights.
         adaptation: whether it fits its rate to their norms, if its kind ever does.
         learning_rate: a number, a schedule, or a function without arguments.
+        owner: number of the entry of `optim_method` that it came of.
     """
 
     optimizer: keras.optimizers.Optimizer
     weight_decay: bool
     adaptation: bool
     learning_rate: Any
+    owner: int = 0
 
 
 class ParameterGroups:
@@ -44,8 +47,14 @@ class ParameterGroups:
         groups: by number.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], group_of: Mapping[str, int]):
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        group_of: Mapping[str, int],
+        turns: Sequence[int] = (),
+    ):
         self.groups = tuple(groups)
+        self._turns = tuple(turns)  # owners that step, in a cycle; none: all in every step
         self._group_of = dict(group_of)
         self._schedules = [group.learning_rate for group in groups]
         self._states = [PlateauState() for _ in groups]
@@ -61,12 +70,23 @@ class ParameterGroups:
             rates.bind(group.learning_rate, steps_per_epoch, batch_size) for group in self.groups
         ]
 
-    def learning_rates(self, step: int) -> tuple[float, ...]:
-        """One rate per group, for the step after `step` finished ones."""
+    def learning_rates(self, step: int) -> StepRates:
+        """One rate per group, for the step after `step` finished ones; None: the group rests."""
         return tuple(
-            rates.rate_at(schedule, step, state)
-            for schedule, state in zip(self._schedules, self._states, strict=True)
+            None if own is None else rates.rate_at(schedule, own, state)
+            for own, schedule, state in zip(
+                self._own_steps(step), self._schedules, self._states, strict=True
+            )
         )
+
+    def _own_steps(self, step: int) -> list[int | None]:
+        """The finished steps of each group, or None where it is not its turn."""
+        if not self._turns:
+            return [step] * len(self.groups)
+        cycles, turn = divmod(step, len(self._turns))
+        owner = self._turns[turn]
+        own = cycles * self._turns.count(owner) + self._turns[:turn].count(owner)
+        return [own if group.owner == owner else None for group in self.groups]
 
     def observe(self, scores: Mapping[str, float], step: int) -> None:
         """Tells the schedules that watch a score the result of a validation.
@@ -103,7 +123,10 @@ class ParameterGroups:
 
 
 def parameter_groups(
-    optim_method: Any, weight_names: Sequence[str], variables: Sequence[Any] | None = None
+    optim_method: Any,
+    weight_names: Sequence[str],
+    variables: Sequence[Any] | None = None,
+    turns: Sequence[str] | None = None,
 ) -> ParameterGroups:
     """Divides the weights of a model among optimizers.
 
@@ -113,6 +136,8 @@ def parameter_groups(
         weight_names: of the trainable weights, as in `Weight.name`.
         variables: the variables of these names, in the same order; needed only where an optimizer
             excludes variables, not names, from weight decay, or looks at shapes, as `LARS` does.
+        turns: prefixes of the dict: whose weights step, in a cycle, while the others rest; None:
+            all weights in every step.
 
     Returns:
         The groups, numbered in the order of the dict; of one optimizer, the weights that its
@@ -120,8 +145,8 @@ def parameter_groups(
         their own.
 
     Raises:
-        InvalidInputError: a prefix that no weight has, a weight without a prefix, or an
-            `optim_method` of the wrong type.
+        InvalidInputError: a prefix that no weight has, a weight without a prefix, a turn of no
+            prefix or none of a prefix, or an `optim_method` of the wrong type.
 
     Example:
         >>> groups = parameter_groups(
@@ -150,8 +175,21 @@ def parameter_groups(
             names = [name for name, treatment in treated if treatment == (decays, adapts)]
             if names:
                 group_of.update(dict.fromkeys(names, len(groups)))
-                groups.append(ParameterGroup(optimizer, decays, adapts, rate))
-    return ParameterGroups(groups, group_of)
+                groups.append(ParameterGroup(optimizer, decays, adapts, rate, number))
+    return ParameterGroups(groups, group_of, _turns(optim_method, turns))
+
+
+def _turns(optim_method: Any, turns: Sequence[str] | None) -> list[int]:
+    """The number of the optimizer that steps, for each step of a cycle."""
+    if turns is None:
+        return []
+    prefixes = list(optim_method) if isinstance(optim_method, Mapping) else []
+    if not prefixes or set(turns) != set(prefixes):
+        raise InvalidInputError(
+            "turns name prefixes of the dict of optimizers, and each of them. "
+            f"Received: turns={list(turns)} for the prefixes {prefixes}."
+        )
+    return [prefixes.index(prefix) for prefix in turns]
 
 
 def _owners(optim_method: Any, names: Sequence[str]) -> tuple[list[Any], list[int]]:

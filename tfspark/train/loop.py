@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from tfspark.data.order import BatchOrder
 from tfspark.errors import NonFiniteError, StoreLostError, TFSparkError
-from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRecord
+from tfspark.sync.engine import Engine, RoundPlan, RoundResult, Run, StepRates, StepRecord
 from tfspark.sync.interrupts import raise_if_noted
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.failure_policy import FailurePolicy, Failures
@@ -33,8 +33,8 @@ T = TypeVar("T")
 class Rates(Protocol):
     """The learning rates of the parameter groups; `ParameterGroups` is the real one."""
 
-    def learning_rates(self, step: int) -> tuple[float, ...]:
-        """One rate per group for the step after `step` finished ones."""
+    def learning_rates(self, step: int) -> StepRates:
+        """One rate per group for the step after `step` finished ones; None: it rests."""
 
     def observe(self, scores: Mapping[str, float], step: int) -> None:
         """Tells the schedules that watch a score the results of a validation, by name."""
@@ -250,9 +250,10 @@ class TrainingLoop:
             return
         seconds_per_step = result.seconds / len(result.records)
         for record in result.records:
+            rates = self.rates.learning_rates(record.step - 1)
             scalars = {
                 "Loss": record.loss,
-                "LearningRate": self.rates.learning_rates(record.step - 1)[0],
+                "LearningRate": next(rate for rate in rates if rate is not None),
                 "Throughput": record.rows / seconds_per_step,
                 **_phases(record, seconds_per_step),
             }

@@ -73,6 +73,10 @@ class TFOptimizer:
       host or the network up to 100 times an hour and five times in a row, a function of the user
       never.
 
+    * `turns`: with a dict of optimizers, the prefixes of those that step, one at a time and in a
+      cycle, as `("critic/", "critic/", "actor/")`. The others rest: their weights and slots stay,
+      and their schedules count their own steps.
+
     Attributes:
         train_summary, val_summary: as set, or None.
     """

@@ -44,6 +44,7 @@ class Settings:
         gradient_buckets: the most buckets that a gradient is exchanged in, each as soon as it is
             computed; None: as many as pay.
         failure_policy: what is done again after a failure, and how often.
+        turns: prefixes of a dict of optimizers, of which one steps at a time, in a cycle.
     """
 
     engine: str = "auto"
@@ -59,6 +60,7 @@ class Settings:
     wire_dtype: str | None = None
     gradient_buckets: int | None = None
     failure_policy: FailurePolicy = field(default_factory=FailurePolicy)
+    turns: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, **settings: Any) -> Settings:
@@ -174,7 +176,7 @@ class Recipe:
                 "(batch_per_thread is for evaluation and prediction). Pass batch_size=…."
             )
         names, variables = front_end.trainable()
-        groups = parameter_groups(optim_method, names, variables)
+        groups = parameter_groups(optim_method, names, variables, settings.turns)
         bound = front_end.program(groups.group_of)
         evaluation = front_end.evaluation()
         if dataset.validation is not None and evaluation is None:
