@@ -1,10 +1,12 @@
 """Models on DataFrames, RDDs, data sets and in SQL, against Keras on the same rows."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from pyspark.errors import PythonException
+from pyspark.errors import PythonException, StreamingQueryException
 from pyspark.ml.linalg import Vectors, VectorUDT
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -234,8 +236,6 @@ def test_a_net_is_evaluated(sc):
 
 
 def test_a_saved_model_and_an_export_folder(sc, tmp_path):
-    import json
-
     model, x = classifier(), features()
     model.export(str(tmp_path / "saved"), verbose=False)
     net = TFNet.from_saved_model(str(tmp_path / "saved"))
@@ -357,3 +357,38 @@ def test_a_stream_is_predicted_without_loss_or_repetition(spark, tmp_path):
     np.testing.assert_allclose(
         [row.prediction for row in found], model.predict(x, verbose=0), rtol=1e-4, atol=1e-6
     )
+
+
+def test_a_malformed_record_stops_a_stream_and_loses_nothing(spark, tmp_path):
+    model, x = classifier(), features(40)
+    source = tmp_path / "in"
+    source.mkdir()
+    register_model_udf(spark, "classify", model)
+
+    def write(name, numbers, spoilt=None):
+        lines = [json.dumps({"id": i, "x": x[i].tolist()}) for i in numbers]
+        if spoilt is not None:
+            lines[spoilt] = lines[spoilt][:15]  # cut off within the array
+        (source / name).write_text("\n".join(lines))
+
+    def run():
+        stream = spark.readStream.schema("id int, x array<float>").json(str(source))
+        query = (
+            stream.selectExpr("id", "classify(x) AS prediction")
+            .writeStream.format("json")
+            .option("checkpointLocation", str(tmp_path / "checkpoint"))
+            .trigger(availableNow=True)
+            .start(str(tmp_path / "out"))
+        )
+        query.awaitTermination()
+
+    write("first.json", range(20))
+    run()
+    write("second.json", range(20, 40), spoilt=7)
+    with pytest.raises(StreamingQueryException, match=r"row 7.*Received: null") as caught:
+        run()
+    assert "phase prediction" in str(caught.value)
+    write("second.json", range(20, 40))
+    run()
+    rows = spark.read.schema("id int, prediction array<float>").json(str(tmp_path / "out"))
+    assert sorted(row.id for row in rows.collect()) == list(range(40))
