@@ -392,6 +392,20 @@ class TestPipelines:
         scored = [json.loads(line) for line in file.read_text().splitlines()]
         assert [each["prediction"] for each in scored] == [row.prediction for row in expected]
 
+    @pytest.mark.parametrize("settings", [{}, {"num_ranks": 2}, {"engine": "shuffle"}])
+    def test_fits_run_side_by_side_in_spark(self, frame, settings):
+        stage = NNClassifier(classifier(), batchSize=BATCH, maxEpoch=2, learningRate=0.05)
+        stage.setSettings(**settings)
+        validator = CrossValidator(
+            estimator=stage,
+            estimatorParamMaps=ParamGridBuilder().addGrid(stage.learningRate, [1e-6, 0.05]).build(),
+            evaluator=MulticlassClassificationEvaluator(metricName="accuracy"),
+            numFolds=2,
+            seed=1,
+        )
+        alone = validator.setParallelism(1).fit(frame).avgMetrics
+        assert validator.setParallelism(2).fit(frame).avgMetrics == alone
+
     def test_a_pipeline_that_is_not_fitted_is_saved(self, frame, tmp_path):
         stage = estimator(NNClassifier, classifier(), keras.losses.SparseCategoricalCrossentropy())
         stage.setEndWhen(TriggerOr(MaxEpoch(2), MaxIteration(100)))

@@ -15,10 +15,10 @@ class History:
     Example:
         >>> history = History()
         >>> history.add_step(0.5, rows=4, ends_epoch=False)
-        >>> history.add_step(0.2, rows=2, ends_epoch=True)
+        >>> history.add_step(0.25, rows=4, ends_epoch=True)
         >>> history.add_step(0.1, rows=4, ends_epoch=False)
         >>> history.losses
-        [0.4, 0.1]
+        [0.375, 0.1]
     """
 
     def __init__(self) -> None:
