@@ -326,8 +326,12 @@ class TestValidation:
 
     def test_early_stopping_needs_its_score(self, frame):
         stage = estimator(NNClassifier, classifier()).setEarlyStopping(2)
-        with pytest.raises(InvalidInputError, match="monitor='val_loss'"):
+        with pytest.raises(InvalidInputError, match=r"looks at loss. Received: monitor='val_loss'"):
             stage.fit(frame)
+        told = frame.withColumn("held", F.col("id") >= 48)
+        stage.setValidationIndicatorCol("held").setEarlyStopping(2, monitor="val_accuracy")
+        with pytest.raises(InvalidInputError, match=r"loss, val_loss. Received"):
+            stage.fit(told)
 
 
 class TestCheckpoints:
@@ -480,6 +484,16 @@ class TestSaving:
         part.write_text(text)
         with pytest.raises(InvalidInputError, match="Update tfspark"):
             NNModel.load(str(path))
+
+    def test_an_estimator_keeps_its_preprocessing(self, frame, tmp_path):
+        chain = [keras.layers.Rescaling(2.0), [4], keras.ops.tanh]
+        stage = estimator(NNClassifier, classifier(), None, chain)
+        stage.setOptimMethod({"": keras.optimizers.SGD(0.1)}).clear(stage.learningRate)
+        stage.save(str(tmp_path / "stage"))
+        loaded = NNClassifier.load(str(tmp_path / "stage"))
+        assert (
+            loaded.fit(frame).summary.objectiveHistory == stage.fit(frame).summary.objectiveHistory
+        )
 
     def test_code_is_not_written(self, tmp_path):
         stage = NNEstimator(regressor(), "mse", lambda x: x)

@@ -76,6 +76,9 @@ def fit(
     """
     columns = FeatureColumns.of(frame, estimator.getFeaturesCol())
     train, held = _split(estimator, frame)
+    stopping = estimator.value_of("earlyStopping")
+    if stopping is not None and held is None and stopping["monitor"].startswith("val_"):
+        raise _not_monitored(stopping["monitor"], ["loss"])
     original = _model_of(estimator)
     loss = criterion(original)
     with _KERAS:
@@ -96,10 +99,8 @@ def fit(
             clip_value=_pair(estimator.value_of("constantGradientClipping")),
             **_settings(estimator),
         )
-    for name in ("train", "val"):
-        summary = estimator.value_of("trainSummary" if name == "train" else "validationSummary")
-        if summary is not None:
-            getattr(optimizer, f"set_{name}_summary")(summary)
+    optimizer.train_summary = estimator.value_of("trainSummary")
+    optimizer.val_summary = estimator.value_of("validationSummary")
     try:
         _train(estimator, optimizer, model)
         summary = TrainingSummary(optimizer.history, optimizer.step)
@@ -139,11 +140,15 @@ def _logs(optimizer: TFOptimizer, monitor: str) -> dict[str, float]:
     scores = {f"val_{name}": value for name, value in optimizer.scores.items()}
     logs = {"loss": optimizer.history.losses[-1], **scores}
     if monitor not in logs:
-        raise InvalidInputError(
-            f"Early stopping looks at {', '.join(logs)}. Received: monitor={monitor!r}. "
-            "Use setValidation, or validationIndicatorCol, for scores of a validation."
-        )
+        raise _not_monitored(monitor, list(logs))
     return logs
+
+
+def _not_monitored(monitor: str, there: list[str]) -> InvalidInputError:
+    return InvalidInputError(
+        f"Early stopping looks at {', '.join(there)}. Received: monitor={monitor!r}. "
+        "Use setValidation, or validationIndicatorCol, for scores of a validation."
+    )
 
 
 # -- rows ---------------------------------------------------------------------------------------
