@@ -44,8 +44,30 @@ SOURCE = """
         frame.createOrReplaceTempView("rows")
         row = spark.sql("SELECT two(x, y) AS z FROM rows").first()
         kinds = [type(row.z.c).__name__, len(row.z.d)]
+
+        import tempfile
+        from pathlib import Path
+        from pyspark.ml import Pipeline, PipelineModel
+        from tfspark import NNClassifier, NNImageReader
+        stage = NNClassifier(
+            keras.Sequential([keras.Input([2]), dense(3, "softmax")]), featuresCol="x", labelCol="y"
+        ).setMaxEpoch(2)
+        fitted = Pipeline(stages=[stage]).fit(frame)
+        folder = tempfile.mkdtemp()
+        fitted.write().overwrite().save(folder + "/stages")
+        loaded = PipelineModel.load(folder + "/stages")
+        scored = [
+            [row.probability.toArray().tolist() for row in each.transform(frame).collect()]
+            for each in (fitted, loaded)
+        ]
+        pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+        import tensorflow as tf
+        Path(folder, "image.png").write_bytes(tf.io.encode_png(pixels).numpy())
+        image = NNImageReader.readImages(folder + "/image.png").first().image
+        read = bytes(image.data) == pixels[:, :, ::-1].tobytes()
     print(json.dumps(dict(
         version=pyspark.__version__, bits=bits, finite=finite, close=close, kinds=kinds,
+        scored=scored, read=read,
     )))
 """
 
@@ -73,3 +95,10 @@ def test_a_dataframe_trains(result):
 def test_a_dataframe_is_predicted_through_pandas(result):
     assert result["close"]
     assert result["kinds"] == ["float", 2]
+
+
+def test_stages_of_spark_ml_are_saved_and_loaded(result):
+    fitted, loaded = result["scored"]
+    assert len(fitted) == 20
+    assert loaded == fitted
+    assert result["read"]
