@@ -461,6 +461,25 @@ class TestSaving:
             model.save(str(tmp_path / "model"))
         model.write().overwrite().save(str(tmp_path / "model"))
 
+    def test_a_loaded_one_replaces_itself_without_its_classes(self, frame, tmp_path):
+        model = keras.Sequential([keras.Input([4]), keras.layers.Lambda(lambda x: x), DENSE(1)])
+        path = str(tmp_path / "model")
+        NNModel(model).save(path)
+        loaded = NNModel.load(path)
+        loaded.setPredictionCol("p").write().overwrite().save(path)
+        again = NNModel.load(path)
+        assert again.transform(frame).columns[-1] == "p"
+        with pytest.raises(InvalidInputError, match="without code"):
+            again.getModel()
+        assert again.getModel(safe_mode=False).name == model.name
+
+    def test_what_cannot_replace_another_leaves_it(self, tmp_path):
+        path = str(tmp_path / "stage")
+        NNEstimator(regressor(), "mse").save(path)
+        with pytest.raises(InvalidInputError, match="saved without code"):
+            NNEstimator(regressor(), lambda y, p: p).write().overwrite().save(path)
+        assert NNEstimator.load(path).getOrDefault("criterion") == "mse"
+
     def test_files_are_checked(self, tmp_path):
         path = tmp_path / "model"
         NNModel(regressor()).save(str(path))

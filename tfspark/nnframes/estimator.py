@@ -102,9 +102,9 @@ class NNModel(Model, ColumnParams, StageIO):
         self._scoring.write_files(folder)
 
     @classmethod
-    def from_files(cls, folder: Path, path: str) -> Any:
+    def from_files(cls, folder: Path) -> Any:
         """Of its files; see `StageIO`."""
-        return cls._of(Scoring.from_files(folder, path))
+        return cls._of(Scoring.from_files(folder))
 
 
 def _unchanged(prediction: Prediction) -> Prediction:
@@ -203,7 +203,7 @@ class NNEstimator(Estimator[Any], TrainingParams, StageIO):
         model.save(folder / "model.keras")
 
     @classmethod
-    def from_files(cls, folder: Path, path: str) -> Any:
+    def from_files(cls, folder: Path) -> Any:
         """Of its files; see `StageIO`."""
         return cls(load_keras(folder / "model.keras"))
 

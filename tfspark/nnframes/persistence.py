@@ -55,12 +55,11 @@ class StageIO(MLWritable, MLReadable[Any]):
         raise NotImplementedError
 
     @classmethod
-    def from_files(cls, folder: Path, path: str) -> Any:
+    def from_files(cls, folder: Path) -> Any:
         """A stage of its files, without params.
 
         Args:
-            folder: a copy of the files, for now.
-            path: of the stage.
+            folder: a copy of the files, for as long as the call takes.
         """
         raise NotImplementedError
 
@@ -72,18 +71,44 @@ class StageWriter(MLWriter):
         super().__init__()
         self._stage = stage
 
-    def saveImpl(self, path: str) -> None:
+    def save(self, path: str) -> None:
         """Writes params and files.
 
         Raises:
-            InvalidInputError: a param, or the model, cannot be written; names it. Then nothing is.
+            InvalidInputError: a param, or the model, cannot be written; names it. Then nothing is,
+                and what was to be replaced is still there.
         """
-        stage, context = self._stage, _context()
+        with tempfile.TemporaryDirectory(prefix="tfspark-") as name:
+            self._folder = Path(name)
+            self._params = self._encoded_params()
+            self._stage.write_files(self._folder)
+            super().save(path)  # removes what is to be replaced, then calls saveImpl
+
+    def saveImpl(self, path: str) -> None:
+        """Puts what `save` has prepared where it belongs."""
+        context = _context()
         if exists(context, path):
             raise InvalidInputError(
                 "A stage is saved where nothing is. "
                 f"Received: {path!r}. To replace it: write().overwrite().save(path)."
             )
+        digests = put_files(context, self._folder, f"{path}/data")
+        DefaultParamsWriter.saveMetadata(
+            self._stage,
+            path,
+            context,
+            extraMetadata={
+                "tfspark": {
+                    "format": FORMAT,
+                    "version": tfspark.__version__,
+                    "files": digests,
+                }
+            },
+            paramMap=self._params,
+        )
+
+    def _encoded_params(self) -> dict[str, Any]:
+        stage = self._stage
         given = {
             param.name: encoded(value, param.name)
             for param, value in stage._paramMap.items()
@@ -96,23 +121,7 @@ class StageWriter(MLWriter):
                 "param. For rows to validate on that stay with it, use validationIndicatorCol.",
                 stacklevel=4,
             )
-        with tempfile.TemporaryDirectory(prefix="tfspark-") as name:
-            folder = Path(name)
-            stage.write_files(folder)
-            digests = put_files(context, folder, f"{path}/data")
-        DefaultParamsWriter.saveMetadata(
-            stage,
-            path,
-            context,
-            extraMetadata={
-                "tfspark": {
-                    "format": FORMAT,
-                    "version": tfspark.__version__,
-                    "files": digests,
-                }
-            },
-            paramMap=given,
-        )
+        return given
 
 
 class StageReader(MLReader[Any]):
@@ -149,7 +158,7 @@ class StageReader(MLReader[Any]):
                 f"{saved['version']}, in {path!r}. Update tfspark."
             )
         with fetched_files(context, f"{path}/data", saved["files"]) as folder:
-            stage = cast(Any, self._kind).from_files(folder, path)
+            stage = cast(Any, self._kind).from_files(folder)
         stage._resetUid(metadata["uid"])
         for param, value in metadata["paramMap"].items():
             stage._set(**{param: decoded(value)})

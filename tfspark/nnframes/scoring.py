@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from tfspark.inference.dataframe import ModelUdf, predict_columns
 from tfspark.inference.models import prediction_of
 from tfspark.inference.shipping import active_context
 from tfspark.nnframes.features import FeatureColumns, Prepare, Preprocessing, preprocessing_of
-from tfspark.nnframes.files import digest_of, fetched_files, read_json, write_json
+from tfspark.nnframes.files import read_json, write_json
 from tfspark.nnframes.prediction_files import read_prediction, write_prediction
 from tfspark.nnframes.training import Fitted
 from tfspark.train.model_files import fetched_file
@@ -36,7 +38,7 @@ class Scoring:
         images: of the columns, which are images.
         preprocessing: that is not a part of the prediction yet.
         model: the Keras model that it was made of.
-        saved: path of a folder with that, and its digest.
+        saved: a folder of this process that has it as a file, and goes with this object.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Scoring:
         images: tuple[bool, ...] | None = None,
         preprocessing: Preprocessing = (),
         model: keras.Model | None = None,
-        saved: tuple[str, str] | None = None,
+        saved: tempfile.TemporaryDirectory[str] | None = None,
     ):
         self._prediction, self._images = prediction, images
         self._preprocessing = preprocessing
@@ -150,9 +152,7 @@ class Scoring:
                 "A stage has the Keras model that it was made of. "
                 "Received: one that was made of something else."
             )
-        path, digest = self._saved
-        with fetched_files(active_context(), path, {_KERAS_FILE: digest}) as folder:
-            return load_keras(folder / _KERAS_FILE, custom_objects, safe_mode)
+        return load_keras(Path(self._saved.name) / _KERAS_FILE, custom_objects, safe_mode)
 
     def write_files(self, folder: Path) -> None:
         """Writes the model into a local folder.
@@ -167,18 +167,24 @@ class Scoring:
             )
         write_prediction(folder, self._prediction)
         write_json(folder / _COLUMNS_FILE, {"images": self._images and list(self._images)})
-        if self._model is not None or self._saved is not None:
-            self.keras_model(None, safe_mode=False).save(folder / _KERAS_FILE)
+        if self._model is not None:
+            self._model.save(folder / _KERAS_FILE)
+        elif self._saved is not None:  # as it is: it may need classes that are not here
+            shutil.copy(Path(self._saved.name) / _KERAS_FILE, folder)
 
     @classmethod
-    def from_files(cls, folder: Path, path: str) -> Scoring:
-        """What `write_files` wrote, which is in `path` now."""
+    def from_files(cls, folder: Path) -> Scoring:
+        """What `write_files` wrote."""
         images = read_json(folder / _COLUMNS_FILE)["images"]
-        file = folder / _KERAS_FILE
+        saved = None
+        if (folder / _KERAS_FILE).exists():
+            # Kept, because what was loaded may be overwritten, by this very stage for one.
+            saved = tempfile.TemporaryDirectory(prefix="tfspark-")
+            shutil.copy(folder / _KERAS_FILE, saved.name)
         return cls(
             read_prediction(folder),
             images=None if images is None else tuple(images),
-            saved=(f"{path}/data", digest_of(file)) if file.exists() else None,
+            saved=saved,
         )
 
 
