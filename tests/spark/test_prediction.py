@@ -325,6 +325,19 @@ def test_a_worker_loads_a_model_once(spark, frame):
     assert 1 <= files <= 8
 
 
+def run_stream(spark, folder):
+    """Predicts what is new in `in/`, by a query that goes on from its checkpoint."""
+    stream = spark.readStream.schema("id int, x array<float>").json(str(folder / "in"))
+    query = (
+        stream.selectExpr("id", "classify(x) AS prediction")
+        .writeStream.format("json")
+        .option("checkpointLocation", str(folder / "checkpoint"))
+        .trigger(availableNow=True)
+        .start(str(folder / "out"))
+    )
+    query.awaitTermination()
+
+
 def test_a_stream_is_predicted_without_loss_or_repetition(spark, tmp_path):
     model, x = classifier(), features(60)
     source = tmp_path / "in"
@@ -337,20 +350,9 @@ def test_a_stream_is_predicted_without_loss_or_repetition(spark, tmp_path):
         )
         frame.coalesce(1).write.mode("append").json(str(source))
 
-    def run():
-        stream = spark.readStream.schema("id int, x array<float>").json(str(source))
-        query = (
-            stream.selectExpr("id", "classify(x) AS prediction")
-            .writeStream.format("json")
-            .option("checkpointLocation", str(tmp_path / "checkpoint"))
-            .trigger(availableNow=True)
-            .start(str(tmp_path / "out"))
-        )
-        query.awaitTermination()
-
     for part in range(3):  # each time a new query goes on from the checkpoint
         write(part)
-        run()
+        run_stream(spark, tmp_path)
     rows = spark.read.schema("id int, prediction array<float>").json(str(tmp_path / "out"))
     found = sorted(rows.collect())
     assert [row.id for row in found] == list(range(60))
@@ -371,24 +373,13 @@ def test_a_malformed_record_stops_a_stream_and_loses_nothing(spark, tmp_path):
             lines[spoilt] = lines[spoilt][:15]  # cut off within the array
         (source / name).write_text("\n".join(lines))
 
-    def run():
-        stream = spark.readStream.schema("id int, x array<float>").json(str(source))
-        query = (
-            stream.selectExpr("id", "classify(x) AS prediction")
-            .writeStream.format("json")
-            .option("checkpointLocation", str(tmp_path / "checkpoint"))
-            .trigger(availableNow=True)
-            .start(str(tmp_path / "out"))
-        )
-        query.awaitTermination()
-
     write("first.json", range(20))
-    run()
+    run_stream(spark, tmp_path)
     write("second.json", range(20, 40), spoilt=7)
     with pytest.raises(StreamingQueryException, match=r"row 7.*Received: null") as caught:
-        run()
+        run_stream(spark, tmp_path)
     assert "phase prediction" in str(caught.value)
     write("second.json", range(20, 40))
-    run()
+    run_stream(spark, tmp_path)
     rows = spark.read.schema("id int, prediction array<float>").json(str(tmp_path / "out"))
     assert sorted(row.id for row in rows.collect()) == list(range(40))
