@@ -15,7 +15,7 @@ PYTHONS := 3.10 3.13
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: quickstart test lint format spark35 pythons benchmark clean machine
+.PHONY: quickstart test lint check format spark35 pythons benchmark clean machine
 
 quickstart: $(READY)
 	$(BIN)/python examples/lenet.py
@@ -27,6 +27,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tfspark
+
+# What to run before every commit: half a minute, no training.
+check: lint
+	$(BIN)/python -m pytest -m 'not slow' tests/test_architecture.py tests/test_docs.py tests/test_public_api.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -97,12 +97,12 @@ class NNModel(Model, ColumnParams, StageIO):
                 frame = frame.withColumn(name, F.col(f"`{name}`").cast("double"))
         return frame
 
-    def write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path) -> None:
         """Of the model; see `StageIO`."""
         self._scoring.write_files(folder)
 
     @classmethod
-    def from_files(cls, folder: Path) -> Any:
+    def _from_files(cls, folder: Path) -> Any:
         """Of its files; see `StageIO`."""
         return cls._of(Scoring.from_files(folder))
 
@@ -192,7 +192,7 @@ class NNEstimator(Estimator[Any], TrainingParams, StageIO):
 
     # -- persistence ----------------------------------------------------------------------------
 
-    def write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path) -> None:
         """Of the model; see `StageIO`."""
         model = self.value_of("model")
         if not isinstance(model, keras.Model):
@@ -203,7 +203,7 @@ class NNEstimator(Estimator[Any], TrainingParams, StageIO):
         model.save(folder / "model.keras")
 
     @classmethod
-    def from_files(cls, folder: Path) -> Any:
+    def _from_files(cls, folder: Path) -> Any:
         """Of its files; see `StageIO`."""
         return cls(load_keras(folder / "model.keras"))
 

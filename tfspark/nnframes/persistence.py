@@ -33,6 +33,8 @@ FORMAT = 1
 class StageIO(MLWritable, MLReadable[Any]):
     """Base of stages that can be saved: `write`, `read`, `save`, `load`.
 
+    A stage says what it has besides params: `_write_files` and `_from_files`.
+
     Attributes:
         unsaved: names of params that are left out, with a warning: DataFrames.
         in_files: names of params that are files.
@@ -50,12 +52,12 @@ class StageIO(MLWritable, MLReadable[Any]):
         """A reader: `NNModel.read().load(path)`."""
         return StageReader(cls)
 
-    def write_files(self, folder: Path) -> None:
+    def _write_files(self, folder: Path) -> None:
         """Writes what it has besides params into a local folder."""
         raise NotImplementedError
 
     @classmethod
-    def from_files(cls, folder: Path) -> Any:
+    def _from_files(cls, folder: Path) -> Any:
         """A stage of its files, without params.
 
         Args:
@@ -81,7 +83,7 @@ class StageWriter(MLWriter):
         with tempfile.TemporaryDirectory(prefix="tfspark-") as name:
             self._folder = Path(name)
             self._params = self._encoded_params()
-            self._stage.write_files(self._folder)
+            self._stage._write_files(self._folder)
             super().save(path)  # removes what is to be replaced, then calls saveImpl
 
     def saveImpl(self, path: str) -> None:
@@ -158,7 +160,7 @@ class StageReader(MLReader[Any]):
                 f"{saved['version']}, in {path!r}. Update tfspark."
             )
         with fetched_files(context, f"{path}/data", saved["files"]) as folder:
-            stage = cast(Any, self._kind).from_files(folder)
+            stage = cast(Any, self._kind)._from_files(folder)
         stage._resetUid(metadata["uid"])
         for param, value in metadata["paramMap"].items():
             stage._set(**{param: decoded(value)})
