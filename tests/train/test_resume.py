@@ -1,5 +1,6 @@
 """Stopped and gone on equals never stopped, bit for bit; and what stands in the way is named."""
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from tfspark import (
     Warmup,
 )
 from tfspark.errors import CheckpointError, InvalidInputError
+from tfspark.train import files
 from tfspark.train import manifest as manifest_module
 from tfspark.train.checkpoint import CheckpointStore, Retention
 from tfspark.train.failure_policy import FailurePolicy, Failures
@@ -343,6 +345,20 @@ def test_a_model_dir_that_cannot_be_written_stops_before_training(tmp_path):
         Training(file / "model")
     with pytest.raises(InvalidInputError, match="model_dir is a path or a URL"):
         Training("nosuch://bucket/model")
+
+
+def test_a_model_dir_that_fails_once_is_tried_again(tmp_path, monkeypatch, caplog):
+    make, calls = files.make_folder, []
+
+    def fails_once(fs, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "the storage hiccuped")
+        make(fs, path)
+
+    monkeypatch.setattr(files, "make_folder", fails_once)
+    Training(tmp_path).to(2)
+    assert len(calls) > 1 and "the storage hiccuped" in caplog.text
 
 
 def test_retention(tmp_path):

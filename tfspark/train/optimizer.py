@@ -87,6 +87,7 @@ class TFOptimizer:
         self._front_end = front_end
         self._recipe = Recipe.of(front_end, dataset, optim_method, settings)
         self._failures = Failures(settings.failure_policy)
+        self._failures.insist(self._recipe.check_model_dir, mend=lambda error: None)
         self._requested: FromCheckpoint | None = None
         self._training: Training | None = None
         self._ranks: Ranks | None = None  # other ones than the recipe's, where slots were lost

@@ -168,7 +168,6 @@ class Recipe:
 
         Raises:
             InvalidInputError: the parts do not fit together.
-            CheckpointError: `model_dir` cannot be written.
         """
         if dataset.batch_size is None:
             raise InvalidInputError(
@@ -187,8 +186,6 @@ class Recipe:
             )
         updates = _updates(groups, bound, settings)
         store = CheckpointStore(settings.model_dir) if settings.model_dir else None
-        if store is not None:
-            store.check_writable()
         return cls(dataset, bound, groups, updates, evaluation, settings, store)
 
     def changed(self, **settings: Any) -> Recipe:
@@ -201,6 +198,15 @@ class Recipe:
         """Rows of a global batch."""
         assert self.dataset.batch_size is not None  # `of` refuses it
         return self.dataset.batch_size
+
+    def check_model_dir(self) -> None:
+        """Shows a bad `model_dir` before training.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self.store is not None:
+            self.store.check_writable()
 
     def newest_checkpoint(self) -> FromCheckpoint | None:
         """The newest whole checkpoint of `model_dir`, if there is one."""
