@@ -63,10 +63,12 @@ pythons: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/compare.py $(OPTIONS)
 
+# tf-keras without what it depends on: that is the package tensorflow, in place of tensorflow-cpu.
 # Order-only: the machine is looked at each time, but only changed requirements install anew.
 $(READY): setup.py requirements.txt | machine
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test,examples]' --constraint requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps tf-keras --constraint requirements.txt
 	@touch $@
 
 # $(error) instead of a failing command, for one line instead of two.

@@ -34,6 +34,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "fsspec>=2024.2",
+        "h5py>=3.10",
         "keras>=3.5",
         "numpy>=1.26",
         "optree>=0.12",

@@ -107,7 +107,7 @@ BAD = {
     "no model": (
         lambda: keras_optimizer(model=tf.Module()),
         ProgramError,
-        "A Keras 3 model is expected.*Module",
+        "A Keras model is expected.*Module",
     ),
     "its own train_step": (
         lambda: keras_optimizer(model=OwnTrainStep()),

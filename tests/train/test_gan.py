@@ -152,7 +152,7 @@ class TestBadInput:
 
     def test_models_and_rows(self):
         generator, discriminator = models()
-        with pytest.raises(InvalidInputError, match="Both parts of a GAN are Keras models"):
+        with pytest.raises(InvalidInputError, match="Both parts of a GAN are models of Keras 3"):
             estimator((generator, lambda x: x))
         with pytest.raises(InvalidInputError, match="at least one step"):
             estimator((generator, discriminator), g_steps=0)

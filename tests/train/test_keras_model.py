@@ -5,22 +5,14 @@ import csv
 import keras
 import numpy as np
 import pytest
+from keras_fits import BATCH, CLOSE, ROWS, by_rank, on_ranks, plainly, rows, same
 from pyspark.sql import SparkSession
 
 from tfspark import TFDataset
-from tfspark.data.order import BatchOrder
 from tfspark.errors import InvalidInputError, ProgramError
 from tfspark.train.keras_model import KerasModel
 
 DENSE = keras.layers.Dense
-ROWS, BATCH = 70, 16
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def rows(seed=0, number=ROWS):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(number, 6)).astype(np.float32)
-    return x, (x[:, :3].argmax(axis=1) + rng.integers(0, 2, number)) % 3
 
 
 def classifier(**compiled):
@@ -48,36 +40,6 @@ def without_batch_norm(**compiled):
     settings = {"optimizer": keras.optimizers.Adam(0.01), "loss": loss, "metrics": ["accuracy"]}
     model.compile(**{**settings, **compiled})
     return model
-
-
-def same(model, history, plain, expected):
-    assert list(history.history) == list(expected.history)
-    for name, values in expected.history.items():
-        np.testing.assert_allclose(history.history[name], values, err_msg=name, **CLOSE)
-    for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
-        np.testing.assert_allclose(one, other, **CLOSE)
-
-
-def on_ranks(model, *arguments, engine="gang", num_ranks=3, model_dir=None, **keywords):
-    keras_model = KerasModel(model, engine=engine, num_ranks=num_ranks, model_dir=model_dir)
-    return keras_model.fit(
-        *arguments, batch_size=BATCH, verbose=0, shuffle=False, distributed=True, **keywords
-    )
-
-
-def plainly(model, *arguments, **keywords):
-    return model.fit(*arguments, batch_size=BATCH, verbose=0, shuffle=False, **keywords)
-
-
-def by_rank(number=ROWS, ranks=3):
-    """The order in which ranks take rows that each of them has a part of."""
-    bounds = [rank * number // ranks for rank in range(ranks + 1)]
-    order = BatchOrder(tuple(np.diff(bounds).tolist()), BATCH, shuffle=False, seed=0)
-    found = []
-    for step in range(order.steps_per_epoch):
-        for rank in range(ranks):
-            found += (bounds[rank] + order.row_ids(rank, 0, step)).tolist()
-    return np.array(found)
 
 
 @pytest.mark.parametrize("engine", ["local", "gang", "shuffle"])
@@ -308,8 +270,7 @@ def test_a_data_frame_is_trained_evaluated_and_predicted(sc, frame):
     same(model, history, plain, expected)
     found = keras_model.evaluate(frame, return_dict=True, **columns)
     theirs = plain.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)
-    assert list(found) == list(theirs)
-    np.testing.assert_allclose(list(found.values()), list(theirs.values()), **CLOSE)
+    assert found == pytest.approx(theirs, rel=1e-4)
     predicted = keras_model.predict(frame, feature_cols="x", output_cols="logits")
     assert predicted.columns == [*frame.columns, "logits"]
     np.testing.assert_allclose(

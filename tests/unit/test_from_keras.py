@@ -325,7 +325,7 @@ def masked() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: "model", "Keras 3 model is expected. Received: builtins.str"),
+        (lambda: "model", "Keras model is expected. Received: builtins.str"),
         (lambda: OwnStep([keras.layers.Dense(1)]), "Received: OwnStep. Override compute_loss"),
         (lambda: keras.Sequential([keras.layers.Dense(1)]), "needs a loss to train"),
         (lambda: one_layer(keras.layers.Dense(1, trainable=False)), "depend on a trainable"),

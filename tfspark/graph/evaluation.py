@@ -15,16 +15,16 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.trainers.compile_utils import CompileMetrics
 from tensorflow.python.eager import context
 
 from tfspark.data.spec import RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph import from_graph
 from tfspark.graph.assembly import BoundProgram, batch_infos, split, step_signature
-from tfspark.graph.from_keras import call_model, compile_loss_of, model_loss, sums_for, unpack
+from tfspark.graph.from_keras import sums_for, view_of
 from tfspark.graph.keras_metrics import reset, results_of
 from tfspark.graph.keras_sums import batch_sums
+from tfspark.graph.keras_view import KerasView, unpack
 from tfspark.graph.program import Evaluation
 from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.loader import load
@@ -82,12 +82,13 @@ def prediction(bound: BoundProgram, forward: Forward) -> PureGraph:
     return purify_function(graph).graph
 
 
-def keras_forward(model: keras.Model, bound: BoundProgram, row_spec: RowSpec) -> Forward:
+def keras_forward(model: Any, bound: BoundProgram, row_spec: RowSpec) -> Forward:
     """The predictions of a Keras model with `training=False`, flat."""
+    view = view_of(model)
 
     def predict(*inputs: Any) -> list[Any]:
         x, _, _ = unpack(row_spec, inputs[:-3])
-        return tf.nest.flatten(call_model(model, x, training=False))
+        return tf.nest.flatten(view.call(x, training=False))
 
     return _keras_forward(predict, bound, row_spec)
 
@@ -122,7 +123,7 @@ def function_forward(
 
 
 def evaluation_from_keras(
-    model: keras.Model,
+    model: Any,
     bound: BoundProgram,
     row_spec: RowSpec,
     *,
@@ -149,26 +150,21 @@ def evaluation_from_keras(
     Raises:
         ProgramError: a metric whose accumulators cannot be added over ranks.
     """
-    compile_loss = compile_loss_of(model, loss, loss_weights)
-    compiled = model._compile_metrics
-    if metrics is not None or weighted_metrics is not None:
-        compiled = CompileMetrics(
-            metrics, weighted_metrics, output_names=getattr(model, "output_names", None)
-        )
+    view = view_of(model, loss, loss_weights)
+    compiled = view.metrics_of(metrics, weighted_metrics)
     structure: list[Any] = []
 
     def predict(*inputs: Any) -> list[Any]:
         x, y, sample_weight = unpack(row_spec, inputs[:-3])
-        predictions = call_model(model, x, training=False)
+        predictions = view.call(x, training=False)
         structure[:] = [predictions]
-        share = 1 / tf.cast(inputs[-3], tf.float64)
-        total = model_loss(
-            model, compile_loss, share, x, y, predictions, sample_weight, training=False
-        )
+        rows = inputs[-3]
+        share = 1 / tf.cast(rows, tf.float64)
+        total = view.loss(rows, share, x, y, predictions, sample_weight, training=False)
         return [total, *tf.nest.flatten(predictions)]
 
     forward = _keras_forward(predict, bound, row_spec)
-    model._clear_losses()
+    view.clear()
     mean = keras.metrics.Mean(name="loss")
 
     def update(batch: Sequence[Any], loss_value: Any, *predictions: Any) -> None:
@@ -186,17 +182,17 @@ class _ModelMetrics:
 
     name = "model"
 
-    def __init__(self, model: keras.Model):
-        self._model = model
-        self.variables = sums_for(model)
+    def __init__(self, view: KerasView):
+        self._view = view
+        self.variables = sums_for(view)
 
     def result(self) -> dict[str, Any]:
         """By their names, in the order of Keras's own logs."""
-        return results_of(self._model, [variable.numpy() for variable in self.variables])
+        return results_of(self._view, [variable.numpy() for variable in self.variables])
 
 
 def evaluation_of_compiled(
-    model: keras.Model, bound: BoundProgram, row_spec: RowSpec
+    model: Any, bound: BoundProgram, row_spec: RowSpec
 ) -> tuple[Evaluation, list[Any]]:
     """What `model.evaluate` measures, under the names that it has there.
 
@@ -208,10 +204,11 @@ def evaluation_of_compiled(
     Returns:
         The evaluation, and its metric objects for `results`.
     """
-    reset(model)
-    forward = _keras_forward(partial(batch_sums, model, row_spec), bound, row_spec)
-    model._clear_losses()
-    metrics = _ModelMetrics(model)
+    view = view_of(model)
+    reset(view)
+    forward = _keras_forward(partial(batch_sums, view, row_spec), bound, row_spec)
+    view.clear()
+    metrics = _ModelMetrics(view)
     accumulators = tuple(
         TensorInfo(variable.name, "float64", tuple(variable.shape))
         for variable in metrics.variables
@@ -489,11 +486,8 @@ def _check_mergeable(
 
 
 def _leaves(metrics: Sequence[Any]) -> list[Any]:
-    return [
-        leaf
-        for metric in metrics
-        for leaf in (metric.metrics if isinstance(metric, CompileMetrics) else [metric])
-    ]
+    """The metrics, and instead of those that a model was compiled with, each of them."""
+    return [leaf for metric in metrics for leaf in getattr(metric, "metrics", [metric])]
 
 
 def _initial(metrics: Sequence[Any]) -> list[np.ndarray]:

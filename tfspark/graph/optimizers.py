@@ -14,6 +14,7 @@ from tensorflow.python.eager.context import eager_mode
 from tfspark.errors import InvalidInputError, UnsupportedRuleError
 from tfspark.graph.clipping import Clipping
 from tfspark.graph.lars import LARS
+from tfspark.graph.legacy_optimizers import from_legacy_optimizer, is_legacy_optimizer
 
 _REFUSED = {
     "LossScaleOptimizer": "it decides by all gradients whether to step; use the optimizer in it",
@@ -24,7 +25,9 @@ _REFUSED = {
 
 
 def optimizer_from(value: Any) -> keras.optimizers.Optimizer:
-    """A Keras optimizer whose rule can be applied to shards, from an optimizer or its name.
+    """A Keras 3 optimizer whose rule can be applied to shards, from an optimizer or its name.
+
+    One of tf-keras becomes the one of Keras 3 that has its formula.
 
     Raises:
         UnsupportedRuleError: the rule cannot be sharded, or does not scale by a learning rate that
@@ -38,7 +41,8 @@ def optimizer_from(value: Any) -> keras.optimizers.Optimizer:
                 optimizer = keras.optimizers.get(value)
         except ValueError as error:
             raise _not_an_optimizer(value) from error
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
+    legacy = is_legacy_optimizer(optimizer)
+    if not legacy and not isinstance(optimizer, keras.optimizers.Optimizer):
         raise _not_an_optimizer(value)
     for cls in type(optimizer).__mro__:
         if cls.__name__ in _REFUSED:
@@ -46,7 +50,7 @@ def optimizer_from(value: Any) -> keras.optimizers.Optimizer:
                 "An optimizer's rule must be elementwise, up to sums over a tensor, to be applied "
                 f"to shards. Received: {type(optimizer).__name__}: {_REFUSED[cls.__name__]}."
             )
-    return optimizer
+    return from_legacy_optimizer(optimizer) if legacy else optimizer
 
 
 def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:

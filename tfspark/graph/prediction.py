@@ -15,7 +15,7 @@ from tfspark.data.mapping import DATASET_OPS, RowMapping
 from tfspark.data.spec import Field, RowSpec
 from tfspark.errors import ProgramError
 from tfspark.graph import from_graph
-from tfspark.graph.from_keras import build, call_model
+from tfspark.graph.from_keras import view_of
 from tfspark.graph.program import Prediction
 from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.pure import PureGraph
@@ -26,7 +26,7 @@ def prediction_from_keras(model: Any, inputs: RowSpec | None = None) -> Predicti
     """The predictions of a Keras model, `model(x, training=False)`.
 
     Args:
-        model: a Keras 3 model; it is built if it is not.
+        model: of Keras 3 or tf-keras; it is built if it is not.
         inputs: of the rows that it will see; None: as the model's own inputs are declared.
 
     Raises:
@@ -39,11 +39,7 @@ def prediction_from_keras(model: Any, inputs: RowSpec | None = None) -> Predicti
         >>> prediction.inputs.fields[0].shape, prediction.outputs.fields[0].shape
         ((3,), (1,))
     """
-    if not isinstance(model, keras.Model):
-        raise ProgramError(
-            "A Keras 3 model is expected. "
-            f"Received: {type(model).__module__}.{type(model).__qualname__}."
-        )
+    view = view_of(model)
     spec = declared_inputs(model) if inputs is None else inputs
     if spec is None:
         raise ProgramError(
@@ -51,11 +47,11 @@ def prediction_from_keras(model: Any, inputs: RowSpec | None = None) -> Predicti
             f"Received: {type(model).__name__} {model.name!r}, which has no Input. Say what it "
             "takes: inputs=(dtype, shape), or a list or dict of these, without the rows."
         )
-    build(model, spec)
+    view.build(spec)
     names = getattr(model, "output_names", None)
 
     def predict(*tensors: Any) -> Any:
-        return call_model(model, spec.unflatten(tensors), training=False)
+        return view.call(spec.unflatten(tensors), training=False)
 
     return _traced(predict, spec, names)
 
@@ -193,7 +189,7 @@ def _signature(inputs: RowSpec) -> list[tf.TensorSpec]:
     return [*batch, tf.TensorSpec([2], tf.int64)]
 
 
-def declared_inputs(model: keras.Model) -> RowSpec | None:
+def declared_inputs(model: Any) -> RowSpec | None:
     """Of a row, as a functional or Sequential model declares its inputs; None: it does not."""
     if isinstance(model, keras.Sequential):
         # `input` only after a first call, and `inputs` only with a layer after the Input.

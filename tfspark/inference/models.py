@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import keras
 from pyspark.sql import SparkSession
 
 from tfspark.data.mapping import RowMapping
 from tfspark.data.spec import RowSpec, declared
 from tfspark.errors import InvalidInputError
+from tfspark.graph.from_keras import is_keras_model
+from tfspark.graph.keras_files import load_model
 from tfspark.graph.prediction import (
     prediction_from_function,
     prediction_from_keras,
@@ -56,8 +57,8 @@ def _prediction(model: Any, spec: RowSpec | None) -> Prediction:
     if isinstance(model, Prediction):
         return model
     if isinstance(model, (str, os.PathLike)):
-        model = keras.models.load_model(model, compile=False)  # in safe mode
-    if isinstance(model, keras.Model):
+        model = load_model(os.fspath(model), compile=False)
+    if is_keras_model(model):
         return prediction_from_keras(model, spec)
     held = getattr(model, "prediction", None)
     if isinstance(held, Prediction):

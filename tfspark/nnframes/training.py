@@ -20,7 +20,7 @@ from tfspark.data.dataset import TFDataset
 from tfspark.data.mapping import RowMapping
 from tfspark.data.spec import RowSpec
 from tfspark.errors import InvalidInputError
-from tfspark.graph.from_keras import build, check_model
+from tfspark.graph.from_keras import check_model, is_keras_model, view_of
 from tfspark.graph.metrics import metrics_from
 from tfspark.graph.prediction import declared_inputs, prediction_from_keras, with_preprocessing
 from tfspark.graph.program import Prediction
@@ -240,15 +240,20 @@ def _features(dataset: TFDataset) -> RowSpec:
 def _model_of(estimator: Any) -> keras.Model:
     """The estimator's model, or what its function returns."""
     model = estimator.value_of("model")
-    if callable(model) and not isinstance(model, keras.Model):
+    if callable(model) and not is_keras_model(model):
         model = model()
     check_model(model)
+    if not isinstance(model, keras.Model):
+        raise InvalidInputError(
+            "Stages of Spark ML train and save models of Keras 3. Received: "
+            f"{type(model).__module__}.{type(model).__qualname__}. Use KerasModel, which takes it."
+        )
     return model
 
 
 def _copied(model: keras.Model, row_spec: RowSpec) -> keras.Model:
     """A model of its own for this training, with the same weights: `fit` changes no estimator."""
-    build(model, row_spec)
+    view_of(model).build(row_spec)
     kinds = {type(layer).__name__: type(layer) for layer in model._flatten_layers()}
     try:
         with keras.saving.custom_object_scope(kinds):
@@ -260,7 +265,7 @@ def _copied(model: keras.Model, row_spec: RowSpec) -> keras.Model:
             f"{str(error).splitlines()[0]:.200} Give it get_config and from_config, or pass a "
             "function that makes the model instead."
         ) from error
-    build(copy, row_spec)
+    view_of(copy).build(row_spec)
     for old, new in zip(model._flatten_layers(), copy._flatten_layers(), strict=True):
         new.trainable = old.trainable
     metrics = {id(variable) for variable in model.metrics_variables}

@@ -20,7 +20,7 @@ from tfspark.graph.evaluation import (
 from tfspark.graph.from_function import program_from_function
 from tfspark.graph.from_graph import name_of as graph_name_of
 from tfspark.graph.from_graph import program_from_loss
-from tfspark.graph.from_keras import build, check_model, program_from_keras
+from tfspark.graph.from_keras import check_model, program_from_keras, view_of
 from tfspark.graph.from_train_op import program_from_train_op
 from tfspark.graph.metrics import metrics_from
 from tfspark.graph.program import Evaluation
@@ -44,7 +44,7 @@ class FrontEnd(Protocol):
 
 
 class KerasFrontEnd:
-    """A Keras 3 model.
+    """A model of Keras 3 or tf-keras.
 
     Args:
         model: it is built, if it is not.
@@ -69,8 +69,8 @@ class KerasFrontEnd:
         self._spec = dataset.row_spec
         self._validation_spec = (dataset.validation or dataset).row_spec
         self._loss, self._loss_weights, self._metrics = loss, loss_weights, metrics
-        build(model, self._spec)
-        constrained = [v.path for v in model.trainable_variables if v.constraint is not None]
+        view_of(model).build(self._spec)
+        constrained = [name_of(v) for v in model.trainable_variables if v.constraint is not None]
         if constrained:
             raise ProgramError(
                 "A weight's constraint needs the whole tensor after every step, a rank holds a "
@@ -90,7 +90,7 @@ class KerasFrontEnd:
 
     def trainable(self) -> tuple[list[str], list[Any]]:
         variables = list(self._model.trainable_variables)
-        return [variable.path for variable in variables], variables
+        return [name_of(variable) for variable in variables], variables
 
     def program(self, group_of: Callable[[str], int]) -> BoundProgram:
         self._bound = program_from_keras(

@@ -14,7 +14,7 @@ from tfspark.errors import InvalidInputError
 from tfspark.graph.assembly import BoundProgram
 from tfspark.graph.eager import name_of
 from tfspark.graph.from_function import program_from_function
-from tfspark.graph.from_keras import build, call_model
+from tfspark.graph.from_keras import view_of
 from tfspark.graph.prediction import prediction_from_keras
 from tfspark.inference.predictor import predict
 from tfspark.train.frontends import check_dataset
@@ -85,7 +85,7 @@ class GANEstimator:
         for model in (generator, discriminator):
             if not isinstance(model, keras.Model):
                 raise InvalidInputError(
-                    f"Both parts of a GAN are Keras models. Received: {type(model).__name__}."
+                    f"Both parts of a GAN are models of Keras 3. Received: {type(model).__name__}."
                 )
         for steps in (generator_steps, discriminator_steps):
             if not isinstance(steps, int) or steps < 1:
@@ -163,17 +163,16 @@ class GANEstimator:
             noise, real: of the batch.
         """
         generator_loss, discriminator_loss = self._losses
+        generator, discriminator = view_of(self.generator), view_of(self.discriminator)
 
         def of_discriminator() -> Any:
-            fake = tf.stop_gradient(call_model(self.generator, noise, training=True))
-            real_score = call_model(self.discriminator, real, training=True)
-            return discriminator_loss(
-                real_score, call_model(self.discriminator, fake, training=True)
-            )
+            fake = tf.stop_gradient(generator.call(noise, training=True))
+            real_score = discriminator.call(real, training=True)
+            return discriminator_loss(real_score, discriminator.call(fake, training=True))
 
         def of_generator() -> Any:
-            fake = call_model(self.generator, noise, training=True)
-            return generator_loss(call_model(self.discriminator, fake, training=True))
+            fake = generator.call(noise, training=True)
+            return generator_loss(discriminator.call(fake, training=True))
 
         in_cycle = turn % sum(self._steps)
         return tf.cond(in_cycle < self._steps[1], of_discriminator, of_generator)
@@ -190,8 +189,8 @@ class _FrontEnd:
     def __init__(self, gan: GANEstimator, row_spec: RowSpec):
         self._gan, self._spec = gan, row_spec
         noise, real = row_spec.structure()
-        build(gan.generator, RowSpec.of(noise))
-        build(gan.discriminator, RowSpec.of(real))
+        view_of(gan.generator).build(RowSpec.of(noise))
+        view_of(gan.discriminator).build(RowSpec.of(real))
         models = {_GENERATOR: gan.generator, _DISCRIMINATOR: gan.discriminator}
         self._variables = {
             name_of(variable): (prefix + name_of(variable), variable)

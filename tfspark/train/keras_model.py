@@ -16,7 +16,8 @@ from pyspark.sql import DataFrame
 from tfspark.data.dataset import TFDataset
 from tfspark.data.spec import RowSpec
 from tfspark.errors import InvalidInputError
-from tfspark.graph.from_keras import check_model
+from tfspark.graph.from_keras import check_model, view_of
+from tfspark.graph.keras_files import load_model
 from tfspark.graph.keras_metrics import results_of
 from tfspark.graph.keras_sums import check_additive, sums_from_keras
 from tfspark.graph.prediction import prediction_from_keras
@@ -36,14 +37,15 @@ _NEVER = MaxIteration(2**62)
 
 
 class KerasModel:
-    """A compiled Keras 3 model that trains, is evaluated and predicts where the rows are.
+    """A compiled Keras model that trains, is evaluated and predicts where the rows are.
 
     Rows are a `TFDataset`, a Spark DataFrame (with `feature_cols` and `label_cols`), or arrays.
     Arrays stay in this process, and Keras does the work, unless `distributed=True`; all else runs
     in Spark. Afterwards `model` holds the weights.
 
     Args:
-        model: Sequential, functional or subclassed, and compiled.
+        model: Sequential, functional or subclassed, and compiled; of Keras 3, or of tf-keras (Keras
+            2), whose optimizer is applied as the one of Keras 3 with the same formula.
         model_dir: a folder or fsspec URL for the checkpoints of distributed training. `fit` with
             the same folder goes on from the newest one, and `epochs` counts those that are done.
         optimizer: instead of the compiled one: a Keras optimizer or its name.
@@ -67,9 +69,10 @@ class KerasModel:
         self, model: Any, model_dir: str | None = None, optimizer: Any = None, **settings: Any
     ):
         check_model(model)
+        self._view = view_of(model)
         if optimizer is not None:
-            model.optimizer = keras.optimizers.get(optimizer)
-        if not model.compiled or model.optimizer is None:
+            model.optimizer = self._view.keras.optimizers.get(optimizer)
+        if not self._view.compiled or model.optimizer is None:
             raise InvalidInputError(
                 "A KerasModel is compiled. "
                 f"Received: {model.name!r}, which is not. Call model.compile(optimizer, loss)."
@@ -163,7 +166,7 @@ class KerasModel:
                 validation_freq=validation_freq,
             )
         for callback in callbacks or ():
-            check_callback(callback)  # before anything is computed
+            check_callback(callback, self._view)  # before anything is computed
         columns = _Columns(feature_cols, label_cols, weight_col)
         batching = {"batch_size": batch_size or BATCH_SIZE, "shuffle": shuffle, "seed": seed}
         if validation_split and validation_data is None:
@@ -208,14 +211,14 @@ class KerasModel:
         steps_per_epoch: int | None,
         validation_freq: int | Sequence[int],
     ) -> keras.callbacks.History:
-        model = self.model
+        model, view = self.model, self._view
         front_end = KerasFrontEnd(model, dataset, tracks_metrics=True)
-        check_additive(model, sums_from_keras(model, dataset.row_spec))
+        check_additive(view, sums_from_keras(view, dataset.row_spec))
         optimizer = TFOptimizer(front_end, dataset, front_end.compiled_optimizer(), self._settings)
         try:
             optimizer.start()
             steps = steps_per_epoch or optimizer.steps_per_epoch
-            called = callback_list(callbacks, model, verbose, epochs.stop, steps)
+            called = callback_list(callbacks, view, verbose, epochs.stop, steps)
             model.stop_training = False
             called.on_train_begin()
             logs, before = None, front_end.metric_sums()
@@ -227,7 +230,7 @@ class KerasModel:
                 model.optimizer.iterations.assign(optimizer.step)
                 after = front_end.metric_sums()
                 added = [new - old for new, old in zip(after, before, strict=True)]
-                logs, before = results_of(model, added), after
+                logs, before = results_of(view, added), after
                 if validates:
                     logs |= {f"val_{name}": value for name, value in optimizer.scores.items()}
                 called.on_epoch_end(epoch, logs)
@@ -275,12 +278,12 @@ class KerasModel:
         columns = _Columns(feature_cols, label_cols, weight_col)
         dataset = _dataset(x, y, sample_weight, columns, {"batch_size": batch_size or BATCH_SIZE})
         rows = batch_size or dataset.batch_per_thread or dataset.batch_size or BATCH_SIZE
-        sums = sums_from_keras(self.model, dataset.row_spec)
-        check_additive(self.model, sums)
+        sums = sums_from_keras(self._view, dataset.row_spec)
+        check_additive(self._view, sums)
         evaluate = evaluate_locally if self._settings.engine == "local" else evaluate_dataset
-        found = results_of(self.model, evaluate(sums, dataset, rows))
+        found = results_of(self._view, evaluate(sums, dataset, rows))
         if return_dict:
-            return dict(sorted(found.items()))  # as Keras returns them
+            return found
         return list(found.values()) if len(found) > 1 else next(iter(found.values()))
 
     def predict(
@@ -381,7 +384,7 @@ class KerasModel:
             **settings: see the class.
         """
         with fetched_file(path) as file:
-            loaded = keras.models.load_model(file, custom_objects, safe_mode=safe_mode)
+            loaded = load_model(file, custom_objects, safe_mode=safe_mode)
         return cls(loaded, **settings)
 
     def save_weights(self, path: str, overwrite: bool = True) -> None:

@@ -110,10 +110,10 @@ class TFOptimizer:
         loss_weights: Any = None,
         **settings: Any,
     ) -> TFOptimizer:
-        """Trains a Keras 3 model; afterwards the model holds the weights.
+        """Trains a Keras model; afterwards the model holds the weights.
 
         Args:
-            keras_model: Sequential, functional or subclassed.
+            keras_model: Sequential, functional or subclassed, of Keras 3 or tf-keras.
             dataset: rows `(x, y)` or `(x, y, sample_weight)`, as `fit` takes them.
             session_config: of Analytics Zoo; has no meaning here.
             model_dir: see the class.
