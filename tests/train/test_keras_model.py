@@ -380,3 +380,84 @@ def test_bad_input_is_one_clear_error(sc, frame):
 
     with pytest.raises(ProgramError, match="longest/most"):
         on_ranks(without_batch_norm(metrics=[Longest()]), x, y, engine="local")
+
+
+@pytest.mark.parametrize("engine", ["local", "gang", "shuffle"])
+def test_a_further_fit_goes_on_with_the_optimizer_as_it_is(sc, engine, tmp_path):
+    x, y = rows()
+    order = by_rank()
+    decay = keras.optimizers.schedules.InverseTimeDecay(0.02, 3, 0.5)
+
+    model, plain = (
+        without_batch_norm(optimizer=keras.optimizers.Adam(decay, amsgrad=True)) for _ in range(2)
+    )
+    for epochs in (2, 1):
+        history = on_ranks(model, x, y, engine=engine, epochs=epochs)
+        expected = plainly(plain, x[order], y[order], epochs=epochs)
+        same(model, history, plain, expected)
+    for one, two in zip(model.optimizer.variables, plain.optimizer.variables, strict=True):
+        np.testing.assert_allclose(one, two, err_msg=one.path, **CLOSE)
+    # And so does Keras by itself, with the model as it is or as it was saved.
+    KerasModel(model).save_model(f"{tmp_path}/model.keras")
+    loaded = KerasModel.load_model(f"{tmp_path}/model.keras")
+    expected = plainly(plain, x, y)
+    same(model, plainly(model, x, y), plain, expected)
+    same(loaded.model, loaded.fit(x, y, BATCH, verbose=0, shuffle=False), plain, expected)
+
+
+def partly_decayed():
+    """Of two parameter groups."""
+    optimizer = keras.optimizers.AdamW(0.05, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partly_decayed,
+        lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True),
+        lambda: keras.optimizers.Adagrad(0.1),
+        lambda: keras.optimizers.Ftrl(0.1, l1_regularization_strength=0.01),
+        lambda: keras.optimizers.Nadam(0.02),
+        lambda: keras.optimizers.Adam(0.02, use_ema=True, ema_momentum=0.8),
+        lambda: keras.optimizers.Lamb(0.02),
+    ],
+)
+def test_the_slots_of_every_rule_go_on(make):
+    x, y = rows()
+    order = by_rank(ranks=2)
+    model, plain = without_batch_norm(optimizer=make()), without_batch_norm(optimizer=make())
+    dataset = TFDataset.from_ndarrays((x, y), batch_size=BATCH, shuffle=False)
+    keras_model = KerasModel(model, engine="local", num_ranks=2)
+    for _ in range(3):
+        history = keras_model.fit(dataset, epochs=1, verbose=0)
+        same(model, history, plain, plainly(plain, x[order], y[order]))
+
+
+def test_a_training_with_checkpoints_begins_with_the_optimizer_as_it_is(sc, tmp_path):
+    x, y = rows()
+    decay = keras.optimizers.schedules.InverseTimeDecay(0.02, 3, 0.5)
+    made = [without_batch_norm(optimizer=keras.optimizers.Adam(decay)) for _ in range(2)]
+    for model in made:
+        on_ranks(model, x, y, engine="local")
+    on_ranks(made[0], x, y, engine="local", epochs=3, model_dir=f"{tmp_path}/whole")
+    on_ranks(made[1], x, y, engine="local", epochs=1, model_dir=f"{tmp_path}/parts")
+    again = without_batch_norm(optimizer=keras.optimizers.Adam(decay))
+    on_ranks(again, x, y, engine="local", epochs=3, model_dir=f"{tmp_path}/parts")
+    for one, two in zip(again.get_weights(), made[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert int(again.optimizer.iterations) == int(made[0].optimizer.iterations) == 20
+
+
+def test_an_optimizer_of_other_weights_starts_anew(caplog):
+    x, y = rows()
+    dataset = TFDataset.from_ndarrays((x, y), batch_size=BATCH)
+    model = without_batch_norm()
+    model.layers[0].trainable = False
+    keras_model = KerasModel(model, engine="local", num_ranks=1)
+    keras_model.fit(dataset, verbose=0)
+    model.layers[0].trainable = True
+    with caplog.at_level("WARNING", "tfspark"):
+        keras_model.fit(dataset, verbose=0)
+    assert "Compile the model after layers are frozen" in caplog.text

@@ -442,3 +442,40 @@ def test_what_cannot_be_trained_is_refused_with_a_remedy(sc, frame):
         KerasModel(classifier()).fit(frame, feature_cols="x", verbose=0)
     with pytest.raises(InvalidInputError, match="Use KerasModel"):
         NNEstimator(classifier(), featuresCol="x", labelCol="y").fit(frame)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: optimizers.Adam(schedule(), amsgrad=True),
+        lambda: optimizers.SGD(0.1, momentum=0.9),
+        lambda: optimizers.RMSprop(0.02, momentum=0.5, centered=True),
+        lambda: optimizers.Ftrl(0.1, l1_regularization_strength=0.01),
+    ],
+)
+def test_a_further_fit_goes_on_with_the_optimizer_as_it_is(make):
+    x, y = rows()
+    order = by_rank(ranks=2)
+    model, plain = classifier(optimizer=make()), classifier(optimizer=make())
+    dataset = TFDataset.from_ndarrays((x, y), batch_size=BATCH, shuffle=False)
+    keras_model = KerasModel(model, engine="local", num_ranks=2)
+    for _ in range(2):
+        history = keras_model.fit(dataset, epochs=2, verbose=0)
+        same(model, history, plain, plainly(plain, x[order], y[order], epochs=2))
+    same(model, plainly(model, x, y), plain, plainly(plain, x, y))
+
+
+def test_tf_keras_is_what_tensorflow_calls_keras(run_python):
+    output = run_python(
+        """
+        import numpy as np, tensorflow as tf
+        from tfspark import KerasModel, TFDataset
+        model = tf.keras.Sequential([tf.keras.layers.Dense(1, kernel_initializer="zeros")])
+        model.compile(tf.keras.optimizers.SGD(0.0), "mse", metrics=["mae"])
+        x, y = np.ones([10, 3], np.float32), np.full([10, 1], 3, np.float32)
+        dataset = TFDataset.from_ndarrays((x, y), batch_size=4)
+        print(KerasModel(model, engine="local").fit(dataset, verbose=0).history)
+        """,
+        TF_USE_LEGACY_KERAS="1",
+    ).stdout
+    assert output.strip().endswith("{'loss': [9.0], 'mae': [3.0]}")

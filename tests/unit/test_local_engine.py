@@ -14,7 +14,7 @@ from tfspark.graph.update import update_program
 from tfspark.sync.engine import Halt, RankState, RoundPlan, Run, merge_outcomes
 from tfspark.sync.local import LocalEngine
 from tfspark.sync.messages import state_from_message, state_to_message
-from tfspark.train.saving import FromValues, Here, InFile, Trained
+from tfspark.train.saving import WEIGHTS, FromValues, Here, InFile, Trained
 
 SPEC = RowSpec.of((Field("x", "float32", (3,)), Field("y", "float32", ())))
 RATE = 0.1
@@ -73,7 +73,7 @@ class Problem:
 
     def train(self, steps, stop=None):
         engine = LocalEngine(self.handles)
-        commit = engine.start(self.run, FromValues(Here(self.flat)))
+        commit = engine.start(self.run, FromValues(Here({WEIGHTS: self.flat})))
         result = engine.round(commit, RoundPlan(0, ((RATE,),) * steps, stop))
         states = (
             []
@@ -171,7 +171,7 @@ def test_ranks_that_disagree_have_no_commit():
 def test_a_state_survives_its_message(tmp_path):
     problem = Problem(tmp_path, (13, 7))
     engine = LocalEngine(problem.handles)
-    commit = engine.start(problem.run, FromValues(Here(problem.flat)))
+    commit = engine.start(problem.run, FromValues(Here({WEIGHTS: problem.flat})))
     result = engine.round(commit, RoundPlan(0, ((RATE,),) * 2, lambda step, loss: step == 2))
     state: RankState = result.commit[1]
     back = state_from_message(state_to_message(state))
@@ -184,10 +184,11 @@ def test_a_state_survives_its_message(tmp_path):
 
 def test_initial_weights_may_lie_in_a_file(tmp_path):
     problem = Problem(tmp_path, (13, 7))
-    held = InFile.write(problem.flat, str(tmp_path))
-    np.testing.assert_array_equal(held.value, problem.flat)
+    held = InFile.write({WEIGHTS: problem.flat}, str(tmp_path))
+    np.testing.assert_array_equal(held.value[WEIGHTS], problem.flat)
     engine = LocalEngine(problem.handles)
-    commits = [engine.start(problem.run, FromValues(flat)) for flat in (held, Here(problem.flat))]
+    here = Here({WEIGHTS: problem.flat})
+    commits = [engine.start(problem.run, FromValues(values)) for values in (held, here)]
     for left, right in zip(*commits, strict=True):
         np.testing.assert_array_equal(left.shard, right.shard)
     held.destroy()
@@ -213,7 +214,7 @@ class Recorder(BatchReader):
 def test_the_next_batch_is_read_during_the_gradient_and_none_beyond_the_round(tmp_path):
     problem = Problem(tmp_path, [9])
     engine = LocalEngine(problem.handles)
-    commit = engine.start(problem.run, FromValues(Here(problem.flat)))
+    commit = engine.start(problem.run, FromValues(Here({WEIGHTS: problem.flat})))
     reader = Recorder(problem.handles[0], problem.order)
     engine._readers = [reader]
     engine.round(commit, RoundPlan(0, ((RATE,),) * 3))

@@ -16,7 +16,7 @@ from tfspark.graph.update import update_program
 from tfspark.sync.engine import RoundPlan, Run
 from tfspark.sync.local import LocalEngine
 from tfspark.train.groups import parameter_groups
-from tfspark.train.saving import FromValues, Here, Trained
+from tfspark.train.saving import WEIGHTS, FromValues, Here, Trained
 
 SPEC = RowSpec.of((Field("x", "float32", (4,)), Field("y", "float32", ())))
 RATE, STEPS = 0.05, 5
@@ -87,7 +87,7 @@ class Training:
     def weights(self):
         """By name, after all steps on shards."""
         engine = LocalEngine(self.handles)
-        commit = engine.start(self.run, FromValues(Here(self.bound.flat)))
+        commit = engine.start(self.run, FromValues(Here({WEIGHTS: self.bound.flat})))
         result = engine.round(commit, RoundPlan(0, (self.rates,) * STEPS))
         states = engine.collect(result.commit, Trained(frozenset()))
         tensors = self.run.layout.tensors(self.run.layout.join([s.shard for s in states]))

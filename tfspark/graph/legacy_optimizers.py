@@ -44,7 +44,8 @@ def from_legacy_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
 
     A rate that callbacks assign to is read from the given one whenever it is needed. Where tf-keras
     itself strays from a formula, the formula is kept: its Nadam counts steps while a graph is
-    traced, and divides by zero or multiplies momenta once per weight.
+    traced, and divides by zero or multiplies momenta once per weight. A moving average of the
+    weights (`use_ema`) begins with those of the first step, as in Keras 3, not with those before.
 
     Args:
         optimizer: of `tf_keras.optimizers` or `tf_keras.optimizers.legacy`.

@@ -91,7 +91,7 @@ def update_program(
             "which needs no more memory if tfspark splits each batch (accumulation_steps)."
         )
     with eager_mode():
-        make = partial(_clone, optimizer, weight_decay, adaptation)
+        make = partial(fresh_rule, optimizer, weight_decay, adaptation)
         slots, rule = _traced_rule(make(), dtype)
         if not type(optimizer).__module__.startswith(("keras.", "tfspark.")):
             _probe(make(), _program(name, slots, rule, dtype), dtype)
@@ -139,8 +139,15 @@ def _traced_rule(rule: Any, dtype: str) -> tuple[list[UpdateSlot], CutRule]:
     return slots, cut_at_sums(pure.graph, type(rule).__name__, _TRACED_SIZE)
 
 
-def _clone(optimizer: keras.optimizers.Optimizer, weight_decay: bool, adaptation: bool) -> Any:
-    """A fresh optimizer of the same config, without what tfspark does around the rule."""
+def fresh_rule(
+    optimizer: keras.optimizers.Optimizer, weight_decay: bool = True, adaptation: bool = True
+) -> Any:
+    """A fresh optimizer of the same config, without what tfspark does around the rule.
+
+    Args:
+        optimizer: of Keras 3.
+        weight_decay, adaptation: as of `update_program`.
+    """
     # get_config() reads the learning rate, which a TF1 graph or a schedule without a config of its
     # own does not allow; so it is asked of a shadow of the optimizer that has none.
     shadow = object.__new__(type(optimizer))
@@ -183,12 +190,17 @@ def _lost(optimizer: Any, what: str) -> UnsupportedRuleError:
     )
 
 
+def slot_name(rule: Any, variable: keras.Variable) -> str:
+    """What a variable of a rule that was built on a variable named "shard" is called as a slot."""
+    attribute = next((key for key, value in vars(rule).items() if value is variable), None)
+    if attribute and variable is not rule._iterations:
+        return attribute.lstrip("_")
+    return variable.name.removeprefix("shard_")
+
+
 def _slot(rule: Any, variable: keras.Variable, dtype: str) -> UpdateSlot:
     """What a variable of the rule is, or why it cannot be sharded."""
-    attribute = next((key for key, value in vars(rule).items() if value is variable), None)
-    name = variable.name.removeprefix("shard_")
-    if attribute and variable is not rule._iterations:
-        name = attribute.lstrip("_")
+    name = slot_name(rule, variable)
     value = variable.numpy()
     shape = tuple(value.shape)
     kinds = {(): "scalar", (_TRACED_SIZE,): "vector"}

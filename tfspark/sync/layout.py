@@ -173,18 +173,19 @@ class Layout:
         start = sum(self.slice_sizes[:group])
         return slice(start, start + self.slice_sizes[group])
 
-    def shard(self, flat: np.ndarray, rank: int) -> np.ndarray:
+    def shard(self, flat: np.ndarray, rank: int, padding: float = 0.0) -> np.ndarray:
         """Shard `rank` `[shard_size]` of a flat vector; a view where it lies there in one piece.
 
         Args:
-            flat: `[P]`, or longer with zeros at its end.
+            flat: `[P]`, or longer with padding at its end.
             rank: whose.
+            padding: what a slice is filled up with.
         """
         if len(self.buckets) == 1:
             place = self.buckets[0].place(rank)
             if place.stop <= len(flat):
                 return flat[place]
-        out = np.zeros(self.shard_size, flat.dtype)
+        out = np.full(self.shard_size, padding, flat.dtype)
         for bucket in self.buckets:
             start, stop = bucket.owned(rank)
             out[bucket.offset : bucket.offset + stop - start] = flat[start:stop]

@@ -45,6 +45,7 @@ class ParameterGroups:
 
     Attributes:
         groups: by number.
+        steps_before: steps that the optimizer had taken before this training, for schedules.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ParameterGroups:
         turns: Sequence[int] = (),
     ):
         self.groups = tuple(groups)
+        self.steps_before = 0
         self._turns = tuple(turns)  # owners that step, in a cycle; none: all in every step
         self._group_of = dict(group_of)
         self._schedules = [group.learning_rate for group in groups]
@@ -81,6 +83,7 @@ class ParameterGroups:
 
     def _own_steps(self, step: int) -> list[int | None]:
         """The finished steps of each group, or None where it is not its turn."""
+        step += self.steps_before
         if not self._turns:
             return [step] * len(self.groups)
         cycles, turn = divmod(step, len(self._turns))
@@ -105,7 +108,10 @@ class ParameterGroups:
 
     def state(self) -> dict[str, Any]:
         """What the schedules remember, as JSON can hold it."""
-        return {"plateaus": [state.to_dict() for state in self._states]}
+        return {
+            "plateaus": [state.to_dict() for state in self._states],
+            "steps_before": self.steps_before,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state()`.
@@ -120,6 +126,7 @@ class ParameterGroups:
                 f"states for {len(self.groups)} groups."
             )
         self._states = [PlateauState(**plateau) for plateau in plateaus]
+        self.steps_before = state.get("steps_before", 0)
 
 
 def parameter_groups(

@@ -114,8 +114,8 @@ class KerasModel:
 
         Loss and metrics of an epoch are those of Keras on the same batches: sums over all rows of
         the epoch, as the weights were in each step. After each epoch the model holds the weights,
-        for callbacks to look at. The optimizer's own slots start anew with each `fit`, unless it
-        goes on from `model_dir`.
+        for callbacks to look at, and the optimizer its slots, from which the next `fit` goes on.
+        Those of `tf_keras.optimizers.legacy` start anew.
 
         Args:
             x: a `TFDataset` of rows `(x, y)` or `(x, y, sample_weight)`, a DataFrame, or arrays in
@@ -214,7 +214,9 @@ class KerasModel:
         model, view = self.model, self._view
         front_end = KerasFrontEnd(model, dataset, tracks_metrics=True)
         check_additive(view, sums_from_keras(view, dataset.row_spec))
-        optimizer = TFOptimizer(front_end, dataset, front_end.compiled_optimizer(), self._settings)
+        optimizer = TFOptimizer(
+            front_end, dataset, front_end.compiled_optimizer(), self._settings, remembers=True
+        )
         try:
             optimizer.start()
             steps = steps_per_epoch or optimizer.steps_per_epoch
@@ -227,7 +229,6 @@ class KerasModel:
                 last = MaxIteration((epoch - epochs.start + 1) * steps)
                 validates = dataset.validation is not None and _validates(epoch, validation_freq)
                 optimizer.optimize(last, None, last if validates else _NEVER)
-                model.optimizer.iterations.assign(optimizer.step)
                 after = front_end.metric_sums()
                 added = [new - old for new, old in zip(after, before, strict=True)]
                 logs, before = results_of(view, added), after

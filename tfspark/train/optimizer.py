@@ -82,10 +82,15 @@ class TFOptimizer:
     """
 
     def __init__(
-        self, front_end: FrontEnd, dataset: TFDataset, optim_method: Any, settings: Settings
+        self,
+        front_end: FrontEnd,
+        dataset: TFDataset,
+        optim_method: Any,
+        settings: Settings,
+        remembers: bool = False,
     ):
         self._front_end = front_end
-        self._recipe = Recipe.of(front_end, dataset, optim_method, settings)
+        self._recipe = Recipe.of(front_end, dataset, optim_method, settings, remembers)
         self._failures = Failures(settings.failure_policy)
         self._failures.insist(self._recipe.check_model_dir, mend=lambda error: None)
         self._requested: FromCheckpoint | None = None

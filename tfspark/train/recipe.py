@@ -12,6 +12,7 @@ from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
 from tfspark.graph.assembly import BoundProgram
 from tfspark.graph.clipping import Clipping
+from tfspark.graph.optimizer_memory import OptimizerMemory
 from tfspark.graph.program import Evaluation, UpdateProgram
 from tfspark.graph.update import update_program
 from tfspark.sync.compression import WIRE_DTYPES
@@ -150,6 +151,7 @@ class Recipe:
         evaluation: what a validation measures; None: nothing.
         settings: see there.
         store: of `settings.model_dir`, or None.
+        memory: where the optimizer's slots come from and go to; None: they start anew, and stay.
     """
 
     dataset: TFDataset
@@ -159,12 +161,23 @@ class Recipe:
     evaluation: tuple[Evaluation, Metrics] | None
     settings: Settings
     store: CheckpointStore | None
+    memory: OptimizerMemory | None = None
 
     @classmethod
     def of(
-        cls, front_end: FrontEnd, dataset: TFDataset, optim_method: Any, settings: Settings
+        cls,
+        front_end: FrontEnd,
+        dataset: TFDataset,
+        optim_method: Any,
+        settings: Settings,
+        remembers: bool = False,
     ) -> Recipe:
         """Makes the programs.
+
+        Args:
+            front_end, dataset, optim_method, settings: what is trained on what, by which rule.
+            remembers: whether training goes on from the variables of `optim_method`, which is one
+                optimizer then, and leaves its slots there.
 
         Raises:
             InvalidInputError: the parts do not fit together.
@@ -186,7 +199,12 @@ class Recipe:
             )
         updates = _updates(groups, bound, settings)
         store = CheckpointStore(settings.model_dir) if settings.model_dir else None
-        return cls(dataset, bound, groups, updates, evaluation, settings, store)
+        memory = None
+        if remembers:
+            memory = OptimizerMemory(
+                optim_method, variables, bound.program.weights, bound.weight_variables, updates[0]
+            )
+        return cls(dataset, bound, groups, updates, evaluation, settings, store, memory)
 
     def changed(self, **settings: Any) -> Recipe:
         """With other settings of clipping."""

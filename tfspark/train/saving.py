@@ -36,6 +36,9 @@ from tfspark.train.triggers import Progress
 
 logger = logging.getLogger("tfspark")
 
+WEIGHTS = "flat"
+"""The name of the flat vector among initial values; no slot of an optimizer is called so."""
+
 
 def save(
     store: CheckpointStore,
@@ -92,17 +95,29 @@ class FromValues:
     """Makes the state of a rank before the first step, from the initial weights.
 
     Attributes:
-        flat: holds the flat vector `[P]`.
+        held: holds arrays by name: the flat vector `[P]` as `WEIGHTS`, and where the optimizer is
+            not a new one, its slots by theirs; see `Slots`.
     """
 
-    flat: Broadcast | InFile | Here
+    held: Broadcast | InFile | Here
 
     def __call__(self, run: Run, rank: int) -> RankState:
-        return RankState.initial(run, self.flat.value, rank)
+        arrays = self.held.value
+        state = RankState.initial(run, arrays[WEIGHTS], rank)
+        for group, update in enumerate(run.updates):
+            for index, slot in enumerate(update.slots):
+                if slot.name not in arrays:
+                    continue
+                value = arrays[slot.name]
+                if slot.kind == "vector":
+                    value = run.layout.shard(value, rank, padding=slot.initial)
+                    value = value[run.layout.group_slice(group)]
+                state.slots[group][index] = np.array(value)
+        return state
 
     def release(self) -> None:
-        """Frees what holds it, once no commit is computed from it any more."""
-        self.flat.destroy()
+        """Frees what holds them, once no commit is computed from them any more."""
+        self.held.destroy()
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ class Here:
 
 @dataclass(frozen=True)
 class InFile:
-    """An array in a file that all ranks can map, where a broadcast would pass the JVM.
+    """Arrays in a file that all ranks can map, where a broadcast would pass the JVM.
 
     Attributes:
         folder: of its own.
@@ -128,16 +143,16 @@ class InFile:
     frame: bytes
 
     @classmethod
-    def write(cls, value: np.ndarray, parent: str) -> InFile:
-        """Writes an array into a new folder in `parent`."""
+    def write(cls, arrays: Mapping[str, np.ndarray], parent: str) -> InFile:
+        """Writes arrays into a new folder in `parent`."""
         folder = tempfile.mkdtemp(prefix="initial-", dir=parent)
-        message = Message("initial", 0, {}, {"value": value})
+        message = Message("initial", 0, {}, dict(arrays))
         return cls(folder, FileCarrier(folder).pack(message, 0, "all"))
 
     @property
-    def value(self) -> np.ndarray:
-        """The array, read-only."""
-        return message_of(self.frame).arrays["value"]
+    def value(self) -> Mapping[str, np.ndarray]:
+        """The arrays, read-only."""
+        return message_of(self.frame).arrays
 
     def destroy(self) -> None:
         """Deletes the file."""
@@ -207,21 +222,42 @@ class FromCheckpoint:
 
 @dataclass(frozen=True)
 class Trained:
-    """Selects what goes home after training: the weights, without the optimizer's slots.
+    """Selects what goes home after training: the weights.
 
     Attributes:
+        with_slots: whether the optimizer's slots go, too.
         averaged: the parameter groups whose weights are replaced by their moving average, as
             Keras does at the end of `fit` for an optimizer with `use_ema`.
     """
 
     averaged: frozenset[int]
+    with_slots: bool = False
 
     def __call__(self, run: Run, state: RankState) -> RankState:
         shard = np.array(state.shard)
         for group in self.averaged:
             names = [slot.name for slot in run.updates[group].slots]
             shard[run.layout.group_slice(group)] = state.slots[group][names.index("average")]
-        return replace(state, shard=shard, slots=[], records=[])
+        slots = state.slots if self.with_slots else []
+        return replace(state, shard=shard, slots=slots, records=[])
+
+
+def slots_of(run: Run, ranks: Sequence[Sequence[Sequence[np.ndarray]]]) -> dict[str, np.ndarray]:
+    """The slots of all ranks as those of the whole optimizer; see `Slots`.
+
+    Args:
+        run: whose parameter groups have slots of the same names.
+        ranks: by rank, group and slot.
+    """
+    found: dict[str, np.ndarray] = {}
+    for index, slot in enumerate(run.updates[0].slots):
+        parts = [[group[index] for group in groups] for groups in ranks]
+        if slot.kind == "vector":
+            shards = [np.concatenate(part) for part in parts]
+            found[slot.name] = run.layout.join(shards).astype(slot.dtype, copy=False)
+        else:
+            found[slot.name] = np.asarray(parts[0][0])
+    return found
 
 
 def check_resumable(manifest: Manifest, program: Program, updates: Sequence[UpdateProgram]) -> None:

@@ -37,7 +37,15 @@ from tfspark.train.loop import TrainingLoop, progress_at, score_of
 from tfspark.train.pacing import Pacing
 from tfspark.train.progress import planned_steps, progress_reporter
 from tfspark.train.recipe import Recipe, Settings
-from tfspark.train.saving import FromCheckpoint, FromValues, Here, InFile, Trained
+from tfspark.train.saving import (
+    WEIGHTS,
+    FromCheckpoint,
+    FromValues,
+    Here,
+    InFile,
+    Trained,
+    slots_of,
+)
 from tfspark.train.triggers import Trigger
 
 logger = logging.getLogger("tfspark")
@@ -100,9 +108,12 @@ class Training:
         sets = [train_set]
         if recipe.dataset.validation is not None:
             sets.append(self._materialise(recipe.dataset.validation, num_ranks))
-        initial = saved or failures.insist(lambda: self._initial_state(flat), mend=_nothing)
+        values = {WEIGHTS: flat}
+        if saved is None and recipe.memory is not None:
+            values |= recipe.memory.read() or {}
+        initial = saved or failures.insist(lambda: self._initial_state(values), mend=_nothing)
         self.close = release_with(self, partial(_close, engine, [*sets, initial], context))
-        self.loop = self._make_loop(engine, run, initial)
+        self.loop = self._make_loop(engine, run, initial, int(values.get("iteration", 0)))
         if num_ranks < ranks.wanted:
             assert context is not None
             self.loop.after_save = partial(_look_for_slots, context, ranks.wanted)
@@ -154,10 +165,11 @@ class Training:
         )
 
     def _make_loop(
-        self, engine: Engine, run: Run, initial: FromValues | FromCheckpoint
+        self, engine: Engine, run: Run, initial: FromValues | FromCheckpoint, steps_before: int
     ) -> TrainingLoop:
         groups = self._recipe.groups
         groups.bind(run.order.steps_per_epoch, run.order.batch_size)
+        groups.steps_before = steps_before
         step, loss, scores, history = 0, None, {}, History()
         if isinstance(initial, FromCheckpoint):
             manifest = initial.manifest
@@ -198,26 +210,31 @@ class Training:
 
         return validate
 
-    def _initial_state(self, flat: np.ndarray) -> FromValues:
+    def _initial_state(self, values: dict[str, np.ndarray]) -> FromValues:
         """The initial weights, on their one way from the driver."""
         if self._name == "local":
-            return FromValues(Here(flat))
+            return FromValues(Here(values))
         assert self._context is not None
         if in_process(self._context):
-            return FromValues(InFile.write(flat, wire.scratch_folder(self._context)))
-        return FromValues(self._context.broadcast(flat))
+            return FromValues(InFile.write(values, wire.scratch_folder(self._context)))
+        return FromValues(self._context.broadcast(values))
 
     def bring_home(self) -> None:
         """Sets the user's variables to the weights and model state of the newest commit."""
-        loop, run = self.loop, self.loop.run
-        averaged = [n for n, g in enumerate(self._recipe.groups.groups) if g.optimizer.use_ema]
-        shards, means, first = [], [], []
-        for state in loop.engine.collect(loop.commit, Trained(frozenset(averaged))):
+        loop, run, memory = self.loop, self.loop.run, self._recipe.memory
+        groups = self._recipe.groups
+        averaged = frozenset(n for n, group in enumerate(groups.groups) if group.optimizer.use_ema)
+        select = Trained(averaged, with_slots=memory is not None)
+        shards, slots, means, first = [], [], [], []
+        for state in loop.engine.collect(loop.commit, select):
             shards.append(np.array(state.shard))
+            slots.append([[np.array(values) for values in group] for group in state.slots])
             means.append(state.mean)
             first = state.first
         whole = run.state_layout.assemble(run.state, np.concatenate(means), first)
         self._recipe.bound.assign(run.layout.join(shards), whole)
+        if memory is not None:
+            memory.write(slots_of(run, slots), groups.steps_before + loop.progress.step)
 
 
 def _run(
