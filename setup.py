@@ -16,6 +16,7 @@ TEST = [
     "mypy>=1.11",
     "pytest>=8",
     "ruff>=0.6",
+    "tensorboard>=2.18",
     "tf-slim>=1.1",
 ]
 

@@ -1,6 +1,8 @@
 """`KerasModel.fit` on ranks, and plain Keras on the same batches, of either Keras."""
 
 import numpy as np
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tfspark.data.order import BatchOrder
 from tfspark.train.keras_model import KerasModel
@@ -43,3 +45,10 @@ def by_rank(number=ROWS, ranks=3):
         for rank in range(ranks):
             found += (bounds[rank] + order.row_ids(rank, 0, step)).tolist()
     return np.array(found)
+
+
+def on_board(folder, tag):
+    """What the callback TensorBoard has written: a number for each epoch."""
+    events = EventAccumulator(str(folder)).Reload().Tensors(tag)
+    assert [event.step for event in events] == list(range(len(events)))
+    return [float(tf.make_ndarray(event.tensor_proto)) for event in events]

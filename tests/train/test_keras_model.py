@@ -5,7 +5,7 @@ import csv
 import keras
 import numpy as np
 import pytest
-from keras_fits import BATCH, CLOSE, ROWS, by_rank, on_ranks, plainly, rows, same
+from keras_fits import BATCH, CLOSE, ROWS, by_rank, on_board, on_ranks, plainly, rows, same
 from pyspark.sql import SparkSession
 
 from tfspark import TFDataset
@@ -154,6 +154,7 @@ def test_callbacks_between_epochs(sc, tmp_path):
             keras.callbacks.ModelCheckpoint(
                 str(folder / "{epoch}.weights.h5"), save_weights_only=True
             ),
+            keras.callbacks.TensorBoard(str(folder / "board")),
             keras.callbacks.EarlyStopping("loss", patience=2, min_delta=10.0),
             mine := Mine(),
         ], mine
@@ -169,6 +170,9 @@ def test_callbacks_between_epochs(sc, tmp_path):
     assert mine.said == other.said and len(mine.said) == 3
     logs = [list(csv.DictReader((tmp_path / who / "log.csv").open())) for who in ("ranks", "plain")]
     assert [row.keys() for row in logs[0]] == [row.keys() for row in logs[1]]
+    for part, prefix in (("train", ""), ("validation", "val_")):
+        shown = on_board(tmp_path / "ranks" / "board" / part, "epoch_loss")
+        np.testing.assert_allclose(shown, history.history[f"{prefix}loss"], **CLOSE)
     model.load_weights(tmp_path / "ranks" / "1.weights.h5")
     plain.load_weights(tmp_path / "plain" / "1.weights.h5")
     for one, two in zip(model.get_weights(), plain.get_weights(), strict=True):

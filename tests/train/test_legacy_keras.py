@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_fits import BATCH, CLOSE, ROWS, by_rank, on_ranks, plainly, rows, same
+from keras_fits import BATCH, CLOSE, ROWS, by_rank, on_board, on_ranks, plainly, rows, same
 from pyspark.sql import SparkSession
 
 from tfspark import (
@@ -220,6 +220,7 @@ def test_callbacks_between_epochs(sc, tmp_path):
             tf_keras.callbacks.ReduceLROnPlateau("val_loss", 0.1, patience=1, min_delta=10.0),
             tf_keras.callbacks.CSVLogger(str(folder / "log.csv")),
             tf_keras.callbacks.ModelCheckpoint(str(folder / "{epoch}.h5"), save_weights_only=True),
+            tf_keras.callbacks.TensorBoard(str(folder / "board")),
             tf_keras.callbacks.EarlyStopping("loss", patience=2, min_delta=10.0),
         ]
 
@@ -232,6 +233,9 @@ def test_callbacks_between_epochs(sc, tmp_path):
     assert len(history.history["loss"]) == 3 and history.history["lr"][-1] < 0.002
     logs = [list(csv.DictReader((tmp_path / who / "log.csv").open())) for who in ("ranks", "plain")]
     assert [row.keys() for row in logs[0]] == [row.keys() for row in logs[1]]
+    for part, prefix in (("train", ""), ("validation", "val_")):
+        shown = on_board(tmp_path / "ranks" / "board" / part, "epoch_loss")
+        np.testing.assert_allclose(shown, history.history[f"{prefix}loss"], **CLOSE)
     model.load_weights(tmp_path / "ranks" / "1.h5")
     plain.load_weights(tmp_path / "plain" / "1.h5")
     for one, two in zip(model.get_weights(), plain.get_weights(), strict=True):
