@@ -335,9 +335,10 @@ def test_weights_without_decay_are_named():
     plainly(plain, x, y, epochs=3)
     for one, two in zip(model.get_weights(), plain.get_weights(), strict=True):
         np.testing.assert_allclose(one, two, **CLOSE)
-    optimizer.exclude_from_weight_decay(var_list=model.trainable_variables[:1])
+    other = optimizers.AdamW(0.1)
+    other.exclude_from_weight_decay(var_list=model.trainable_variables[:1])
     with pytest.raises(UnsupportedRuleError, match="var_names"):
-        from_legacy_optimizer(optimizer)
+        from_legacy_optimizer(other)
 
 
 @pytest.fixture(scope="module")
@@ -455,6 +456,10 @@ def test_what_cannot_be_trained_is_refused_with_a_remedy(sc, frame):
         lambda: optimizers.SGD(0.1, momentum=0.9),
         lambda: optimizers.RMSprop(0.02, momentum=0.5, centered=True),
         lambda: optimizers.Ftrl(0.1, l1_regularization_strength=0.01),
+        lambda: optimizers.Adagrad(0.1),
+        lambda: optimizers.Adadelta(0.5),
+        lambda: optimizers.Adamax(0.05),
+        lambda: optimizers.Lion(0.01),
     ],
 )
 def test_a_further_fit_goes_on_with_the_optimizer_as_it_is(make):
@@ -483,3 +488,13 @@ def test_tf_keras_is_what_tensorflow_calls_keras(run_python):
         TF_USE_LEGACY_KERAS="1",
     ).stdout
     assert output.strip().endswith("{'loss': [9.0], 'mae': [3.0]}")
+
+
+def test_an_optimizer_that_has_trained_before_is_taken_as_well():
+    x, y = rows()
+    for make in (optimizers.legacy.SGD, optimizers.legacy.RMSprop):
+        model = classifier(optimizer=make(0.1, momentum=0.9, decay=0.1))
+        plainly(model, x, y)
+        found = from_legacy_optimizer(model.optimizer)
+        assert found.momentum == 0.9
+        assert rate_at(learning_rate_of(found), 10) == pytest.approx(0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager.context import eager_mode
 
@@ -66,7 +67,11 @@ def from_legacy_optimizer(optimizer: Any) -> keras.optimizers.Optimizer:
             "Weights of a tf-keras model are excluded from weight decay by their names. Received: "
             f"{name} with exclude_from_weight_decay(var_list=…). Use var_names=[…]."
         )
-    config = {key: value for key, value in optimizer.get_config().items() if key not in _LEFT_OUT}
+    config = {
+        key: shortest(value) if isinstance(value, np.floating) else value
+        for key, value in optimizer.get_config().items()
+        if key not in _LEFT_OUT
+    }
     with eager_mode():
         found = getattr(keras.optimizers, name)(learning_rate=_rate_of(optimizer), **config)
     excluded = getattr(optimizer, "_exclude_from_weight_decay_names", None)
@@ -89,9 +94,14 @@ def _rate_of(optimizer: Any) -> Any:
 
     def current() -> float:
         with eager_mode():
-            return float(str(rate.numpy()))  # 0.001, not 0.0010000000474974513
+            return shortest(rate.numpy())
 
     return _Schedule(lambda step: current(), decay) if decay else current
+
+
+def shortest(number: Any) -> float:
+    """The shortest decimal number of a float32: 0.001, not 0.0010000000474974513."""
+    return float(str(np.float32(number)))
 
 
 class _Schedule(keras.optimizers.schedules.LearningRateSchedule):

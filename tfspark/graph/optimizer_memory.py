@@ -64,7 +64,7 @@ class OptimizerMemory:
                 return None
             found = {}
             for slot in self._slots:
-                held = getattr(self._optimizer, self._attributes[slot.name])
+                held = self._held(slot.name)
                 if slot.kind == "vector":
                     found[slot.name] = join([held[place].numpy() for place in places], slot.dtype)
                 else:
@@ -86,7 +86,7 @@ class OptimizerMemory:
             if places is None:
                 return
             for slot in self._slots:
-                held = getattr(self._optimizer, self._attributes[slot.name])
+                held = self._held(slot.name)
                 if slot.kind == "scalar":
                     held.assign(slots[slot.name])
                     continue
@@ -94,6 +94,13 @@ class OptimizerMemory:
                     places, split(slots[slot.name], self._weights), strict=True
                 ):
                     held[place].assign(value)
+
+    def _held(self, slot: str) -> Any:
+        """A list with a variable for each weight, or a variable."""
+        name = self._attributes[slot]
+        if not hasattr(self._optimizer, name):
+            name = name.lstrip("_")  # Lion of tf-keras
+        return getattr(self._optimizer, name)
 
     def _is_built(self) -> bool:
         return bool(getattr(self._optimizer, "built", getattr(self._optimizer, "_built", False)))

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager.context import eager_mode
 
 from tfspark.errors import InvalidInputError, UnsupportedRuleError
 from tfspark.graph.clipping import Clipping
 from tfspark.graph.lars import LARS
-from tfspark.graph.legacy_optimizers import from_legacy_optimizer, is_legacy_optimizer
+from tfspark.graph.legacy_optimizers import (
+    from_legacy_optimizer,
+    is_legacy_optimizer,
+    shortest,
+)
 
 _REFUSED = {
     "LossScaleOptimizer": "it decides by all gradients whether to step; use the optimizer in it",
@@ -63,11 +66,11 @@ def learning_rate_of(optimizer: keras.optimizers.Optimizer) -> Any:
         return rate
     if tf.is_symbolic_tensor(rate.value.handle):
         # Made in a TF1 graph: the value lies in some session, its initial value in the graph.
-        return _shortest(tf.get_static_value(rate.value.initial_value))
+        return shortest(tf.get_static_value(rate.value.initial_value))
 
     def current() -> float:
         with eager_mode():
-            return _shortest(rate.value.numpy())
+            return shortest(rate.value.numpy())
 
     return current
 
@@ -142,11 +145,6 @@ def adaptation_mask(
             "two and more dimensions. Use adapt_vectors=True."
         )
     return [optimizer.adapts(variable) for variable in variables]
-
-
-def _shortest(rate: Any) -> float:
-    """The shortest decimal number of a float32: 0.001, not 0.0010000000474974513."""
-    return float(str(np.float32(rate)))
 
 
 def _not_an_optimizer(value: Any) -> InvalidInputError:
