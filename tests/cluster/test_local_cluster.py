@@ -7,7 +7,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SOURCE = """
     import json, os
     from spark_app import *
-    from tfspark import EveryEpoch
+    from tfspark import EveryEpoch, KerasModel
     from tfspark.sync import wire
 
     folder = {folder!r}
@@ -47,6 +47,14 @@ SOURCE = """
         again.close()
         result["undisturbed"] = train(sc, 12)
         result["local"] = train(sc, 9, engine="local")
+
+        for engine in ("gang", "local"):
+            model, _ = optimizer(sc)
+            for _ in range(2):
+                KerasModel(model, engine=engine, num_ranks=2).fit(
+                    dataset(sc, "convolution", (20, 13)), verbose=0
+                )
+            result["fits by " + engine] = digest(model), int(model.optimizer.iterations)
     print(json.dumps(result))
 """
 
@@ -71,6 +79,11 @@ def test_validation_is_that_of_keras(result):
     expected = result["expected"]
     assert set(expected) == {"loss", "accuracy"}
     assert result["scores"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_further_fit_brings_the_slots_along(result):
+    assert result["fits by gang"] == result["fits by local"]
+    assert result["fits by gang"][1] == 6
 
 
 def test_executors_write_and_read_checkpoints(result):
