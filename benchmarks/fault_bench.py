@@ -179,6 +179,13 @@ class _Kept(logging.Handler):
         self._lines.append(record.getMessage())
 
 
+def without_places(text: str) -> str:
+    """A text with tracebacks, without the folders where this project and Python are."""
+    for folder in (HERE.parent, sys.prefix, sys.base_prefix):
+        text = text.replace(f"{folder}/", "")
+    return text
+
+
 def _anonymous_mb(process: int) -> float:
     try:
         with open(f"/proc/{process}/status") as status:

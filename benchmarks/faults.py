@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import fault_bench
 import reliability
 from fault_bench import CLUSTERS, ENGINES, STEPS, Bench, Trained, bench_on
 from fault_kinds import Fault, Lasting, Scene, name_of
@@ -183,7 +184,8 @@ class Results:
         """Keeps a run."""
         self.runs.append(run)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps([asdict(each) for each in self.runs], indent=1))
+        text = json.dumps([asdict(each) for each in self.runs], indent=1)
+        self._path.write_text(fault_bench.without_places(text))
 
 
 def undisturbed(runs: Sequence[Run]) -> list[Run]:

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fault_bench
 import reliability
 from fault_bench import ENGINES, STEPS, Bench, Trained, bench_on
 from fault_kinds import name_of
@@ -293,7 +294,8 @@ def main() -> None:
 
 def _write(soaks: dict[str, Soak], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(each) for each in soaks.values()], indent=1))
+    text = json.dumps([asdict(each) for each in soaks.values()], indent=1)
+    path.write_text(fault_bench.without_places(text))
 
 
 def read(entry: dict[str, Any]) -> Soak:
