@@ -201,6 +201,56 @@ def test_callbacks_that_want_batches_are_refused_by_name(sc, tmp_path):
     assert spoken == [0]
 
 
+def test_weights_that_a_callback_sets(sc):
+    x, y = rows()
+    dataset = TFDataset.from_ndarrays((x, y), batch_size=BATCH, shuffle=False)
+
+    class Rounding(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.set_weights([np.round(w, 2) for w in self.model.get_weights()])
+
+    class Putting(keras.callbacks.Callback):
+        """Sets others, and the old ones again before training goes on."""
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.before = self.model.get_weights()
+            self.model.set_weights([0 * w for w in self.before])
+
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch:
+                self.model.set_weights(self.before)
+
+    for engine in ("local", "gang"):
+        keras_model = KerasModel(without_batch_norm(), engine=engine, num_ranks=2)
+        with pytest.raises(InvalidInputError, match=r"set before epoch 1, .* Rounding\. End the"):
+            keras_model.fit(dataset, epochs=3, verbose=0, callbacks=[Rounding()])
+        keras_model.fit(dataset, epochs=1, verbose=0, callbacks=[Rounding()])
+        assert all((np.round(w, 2) == w).all() for w in keras_model.get_weights())
+        keras_model.fit(dataset, epochs=3, verbose=0, callbacks=[Putting()])
+
+
+def test_the_best_weights_are_restored():
+    x, y = rows()
+    order = by_rank(ranks=2)
+    held = rows(1)
+    dataset = TFDataset.from_ndarrays((x, y), batch_size=BATCH, shuffle=False)
+    dataset = dataset.validated_on(TFDataset.from_ndarrays(held, batch_size=BATCH))
+
+    def stopping():
+        return keras.callbacks.EarlyStopping(
+            "val_loss", mode="max", patience=2, restore_best_weights=True
+        )
+
+    model, plain = without_batch_norm(), without_batch_norm()
+    keras_model = KerasModel(model, engine="local", num_ranks=2)
+    history = keras_model.fit(dataset, epochs=8, verbose=0, callbacks=[stopping()])
+    expected = plainly(
+        plain, x[order], y[order], epochs=8, validation_data=held, callbacks=[stopping()]
+    )
+    same(model, history, plain, expected)
+    assert len(history.history["loss"]) < 8
+
+
 def test_epochs_of_some_steps_and_their_numbers(sc):
     x, y = rows(number=48)
     model, plain = without_batch_norm(), without_batch_norm()

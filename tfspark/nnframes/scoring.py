@@ -15,6 +15,7 @@ from pyspark.sql import DataFrame
 from tfspark.data.columns import DataFrameSource
 from tfspark.data.mapping import RowMapping
 from tfspark.errors import DataError, InvalidInputError
+from tfspark.graph.keras_files import load_model
 from tfspark.graph.prediction import with_preprocessing
 from tfspark.graph.program import Prediction
 from tfspark.inference.dataframe import ModelUdf, predict_columns
@@ -64,7 +65,7 @@ class Scoring:
         """
         if isinstance(model, (str, os.PathLike)):
             with fetched_file(os.fspath(model)) as file:
-                model = keras.models.load_model(file, compile=False)
+                model = load_model(file, compile=False)
         return cls(
             prediction_of(model),
             preprocessing=preprocessing_of(feature_preprocessing, "feature_preprocessing"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from tfspark.data.dataset import TFDataset, dataset_of
@@ -102,6 +104,15 @@ class KerasFrontEnd:
             tracks_metrics=self._tracks_metrics,
         )
         return self._bound
+
+    def fingerprint(self) -> bytes:
+        """Of the weights and the model state that are in the model's variables, but for seeds."""
+        flat, state = self._bound.values()
+        digest = hashlib.blake2b(flat.tobytes(), digest_size=16)
+        for slot, value in zip(self._bound.program.state, state, strict=True):
+            if slot.kind in ("mean", "constant"):
+                digest.update(np.ascontiguousarray(value).tobytes())
+        return digest.digest()
 
     def metric_sums(self) -> list[Any]:
         """What all steps so far have added to each variable of the model's metrics."""

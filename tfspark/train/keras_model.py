@@ -143,7 +143,8 @@ class KerasModel:
             The history, with `history.history` as of Keras.
 
         Raises:
-            InvalidInputError: a callback that wants to be called for every batch; names it.
+            InvalidInputError: a callback that wants to be called for every batch; names it. Or
+                one that has set weights between epochs.
             ProgramError: a metric that cannot be added over ranks; names it.
             TFSparkError: as of `TFOptimizer.optimize`. After every error the model holds the
                 weights of the last good commit.
@@ -222,13 +223,22 @@ class KerasModel:
             steps = steps_per_epoch or optimizer.steps_per_epoch
             called = callback_list(callbacks, view, verbose, epochs.stop, steps)
             model.stop_training = False
+            trained = front_end.fingerprint()
             called.on_train_begin()
             logs, before = None, front_end.metric_sums()
             for epoch in epochs[optimizer.step // steps :]:
                 called.on_epoch_begin(epoch)
+                if front_end.fingerprint() != trained:
+                    raise InvalidInputError(
+                        "While a fit goes on, ranks hold the weights, and callbacks look at a "
+                        f"copy. Received: weights that were set before epoch {epoch}, with the "
+                        f"callbacks {', '.join(type(each).__name__ for each in callbacks or ())}. "
+                        "End the fit there, and set them before the next one."
+                    )
                 last = MaxIteration((epoch - epochs.start + 1) * steps)
                 validates = dataset.validation is not None and _validates(epoch, validation_freq)
                 optimizer.optimize(last, None, last if validates else _NEVER)
+                trained = front_end.fingerprint()
                 after = front_end.metric_sums()
                 added = [new - old for new, old in zip(after, before, strict=True)]
                 logs, before = results_of(view, added), after
