@@ -193,6 +193,13 @@ class JavaError(Py4JError):
         ),
         ("Checkpoint block rdd_3_0 not found!", "model_dir"),
         ("Could not compute split, block rdd_3_0 of RDD 7 not found", "none of rdd_3_0.*model_dir"),
+        (
+            "Job aborted due to stage failure: Task 2 in stage 7.0 failed 4 times, most recent "
+            "failure: Lost task 2.3 in stage 7.0 (host executor 1): java.io.IOException: No space "
+            "left on device",
+            r"spark\.local\.dir.*host executor 1.*No space left on device",
+        ),
+        ("Lost task 1.0: java.lang.OutOfMemoryError: Java heap space", "spark.executor.memory"),
         ("Job 7 cancelled because SparkContext was shut down", "one that was stopped"),
         ("Job 7 cancelled because of something", "Job 7 cancelled"),
     ],
@@ -203,3 +210,5 @@ def test_a_failed_job_is_one_error_without_java(said, meant):
         raise JavaError(text)
     assert "\tat " not in str(caught.value)
     assert getattr(caught.value, "block", "rdd_3_0") == "rdd_3_0"
+    lacks = "No space" in said or "OutOfMemory" in said
+    assert isinstance(caught.value, ResourceError) == lacks

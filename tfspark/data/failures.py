@@ -149,6 +149,11 @@ def raise_from_spark(error: Exception) -> NoReturn:
     raise error
 
 
+# What a JVM says that lacks something; Python's own errors come with a type and a number.
+_EXHAUSTED_JVM = re.compile(
+    r"No space left on device|Too many open files|java\.lang\.OutOfMemoryError"
+)
+
 _LOST_WORKER = (
     "Python worker exited unexpectedly",
     # A worker died between two tasks, as did the daemon that made it.
@@ -181,8 +186,14 @@ def _cluster_failure(text: str) -> TrainingError:
             "close() goes on from the newest checkpoint there.",
             block=lost[1],
         )
-    said = text[text.find("SparkException") :].split("\n\tat ")[0]
-    return SparkJobError(f"Spark could not finish a job. Received: {said.strip()}")
+    said = text[text.find("SparkException") :].split("\n\tat ")[0].strip()
+    if _EXHAUSTED_JVM.search(said):
+        return ResourceError(
+            "Spark must have room for what training needs on every host: disk (spark.local.dir; "
+            "of a standalone cluster's host SPARK_LOCAL_DIRS), memory (spark.executor.memory), "
+            f"open files. Received: {said}"
+        )
+    return SparkJobError(f"Spark could not finish a job. Received: {said}")
 
 
 def encoded(error: TFSparkError, log: Sequence[str] = ()) -> str:
