@@ -225,8 +225,12 @@ def bench_on(cluster: str) -> Iterator[Bench]:
             settings["local__dir"] = str(disk)
         if cluster == "standalone":
             namespaces = standalone.can_make_namespaces()
+            # Executors write where their host says, whatever the application's settings are.
+            of_hosts = {} if disk is None else {"spark.local.dir": str(disk)}
             hosts = undo.enter_context(
-                standalone.standalone(folder, RANKS, namespaces=namespaces, memory="1g")
+                standalone.standalone(
+                    folder, RANKS, namespaces=namespaces, memory="1g", settings=of_hosts
+                )
             )
             master = hosts.url
             os.environ["SPARK_LOCAL_IP"] = hosts.address
@@ -237,7 +241,11 @@ def bench_on(cluster: str) -> Iterator[Bench]:
             settings |= {"network__timeout": "20s", "network__timeoutInterval": "5s"}
             settings |= {"executor__heartbeatInterval": "2s"}
         context = undo.enter_context(spark_app.application(master, **settings))
-        yield Bench(folder, context, hosts, disk)
+        bench = Bench(folder, context, hosts, disk)
+        bench.wait_until_whole()
+        if disk is not None and not any(disk.glob("spark-*/executor-*")):
+            sys.exit(f"Executors must write to {disk}: otherwise filling it would be no fault.")
+        yield bench
 
 
 @contextmanager

@@ -18,13 +18,16 @@ import sys
 import time
 from contextlib import suppress
 
-ORDER = os.environ.get("TFSPARK_ORDER", "")
+
+def order_file():
+    """Where orders are; one process may have several clusters, each with a file of its own."""
+    return os.environ["TFSPARK_ORDER"]
 
 
 def ordered():
     """The words of the order, if there is one."""
     try:
-        with open(ORDER) as file:
+        with open(order_file()) as file:
             return file.read().split(" ")
     except FileNotFoundError:
         return []
@@ -35,7 +38,7 @@ def taken():
     if ordered()[-1:] == ["always"]:
         return True
     with suppress(FileNotFoundError):
-        os.unlink(ORDER)
+        os.unlink(order_file())
         return True
     return False
 
@@ -145,5 +148,5 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if ORDER:
+if os.environ.get("TFSPARK_ORDER"):
     sys.meta_path.insert(0, Finder())
