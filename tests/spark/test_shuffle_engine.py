@@ -39,6 +39,15 @@ def test_a_commit_holds_what_its_tasks_said(loop):
     assert engine._told(result.commit) == told
 
 
+def test_what_a_round_costs_however_long_it_is(loop):
+    """Where a step computes next to nothing, a round of one is mostly fixed cost."""
+    one, five = (
+        loop.engine.round(loop.commit, RoundPlan(2, ((0.1,),) * steps)) for steps in (1, 5)
+    )
+    assert 0.3 * one.seconds < one.fixed_s < one.seconds
+    assert 0 < five.fixed_s < 0.5 * five.seconds
+
+
 def test_a_round_that_fails_leaves_the_former_commit(sc, loop):
     def stop(step, loss):
         raise KeyError("of the user")

@@ -74,6 +74,48 @@ def test_a_task_that_runs_again_leaves_readers_alone(tmp_path):
     np.testing.assert_array_equal(message_of(frame).arrays["gradient"], expected)
 
 
+@pytest.mark.parametrize("more", [-1000, 0, 1000])
+def test_what_was_forgotten_is_written_over(tmp_path, more):
+    carrier = FileCarrier(str(tmp_path))
+    first = carrier.pack(gradient(0, 100_000), 3, 1)
+    (file,) = tmp_path.rglob("gradient-*")
+    inode = file.stat().st_ino
+    carrier.forget(0, 3)
+    sent = gradient(1, 100_000 + more)
+    second = carrier.pack(sent, 4, 1)
+    (file,) = tmp_path.rglob("gradient-*")
+    assert file.stat().st_ino == inode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4-1"]
+    got = message_of(second)
+    assert got.source == 1 and list(got.arrays) == ["gradient", "mean"]
+    for name, array in sent.arrays.items():
+        np.testing.assert_array_equal(got.arrays[name], array)
+    with pytest.raises(TrainingError, match="no file"):
+        message_of(first)
+
+
+def test_a_file_is_written_over_by_what_has_about_its_size(tmp_path):
+    carrier = FileCarrier(str(tmp_path))
+    carrier.pack(gradient(0, 100_000), 3, 1)
+    carrier.forget(0, 3)
+    for source, size in ((1, 50_000), (2, 200_000)):
+        message = message_of(carrier.pack(gradient(source, size), 4, 1))
+        expected = gradient(source, size).arrays["gradient"]
+        np.testing.assert_array_equal(message.arrays["gradient"], expected)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*-*") if path.is_file()]
+    assert len(sizes) == 3
+
+
+def test_a_task_that_does_not_count_changes_nothing(tmp_path):
+    carrier = FileCarrier(str(tmp_path))
+    good = gradient(0, 100_000)
+    frame = carrier.pack(good, 3, 1)
+    # It read what a later step had written over.
+    garbage = Message("gradient", 0, {"rows": 3}, {"gradient": np.zeros(100_000, "float32")})
+    assert carrier.pack(garbage, 3, 1) == frame
+    np.testing.assert_array_equal(message_of(frame).arrays["gradient"], good.arrays["gradient"])
+
+
 def test_only_one_ranks_messages_of_one_step_are_forgotten(tmp_path):
     carrier = FileCarrier(str(tmp_path))
     frames = {
@@ -81,14 +123,12 @@ def test_only_one_ranks_messages_of_one_step_are_forgotten(tmp_path):
         for rank in (1, 11)
         for step in (2, 12)
     }
-    held = message_of(frames[1, 2])
     carrier.forget(1, 2)
     carrier.forget(1, 2)
     with pytest.raises(TrainingError, match="no file"):
         message_of(frames[1, 2])
     for key in ((1, 12), (11, 2), (11, 12)):
         assert message_of(frames[key]).source == key[0]
-    np.testing.assert_array_equal(held.arrays["gradient"], gradient(1, 100_000).arrays["gradient"])
 
 
 def test_a_task_that_outlives_its_round_leaves_nothing(tmp_path):

@@ -23,6 +23,8 @@ from tfspark.sync.frames import Message, chunks, decode, encode
 from tfspark.sync.messages import shard_message, state_from_message, state_to_message
 
 _PATH = b"TFSP"
+_FREE = "free-"
+_ABOUT = 1 << 16  # bytes by which a message may be shorter or longer than what it is written over
 
 
 class Carrier(ABC):
@@ -77,7 +79,12 @@ class FrameCarrier(Carrier):
 
 @dataclass(frozen=True)
 class FileCarrier(Carrier):
-    """Large messages are files, written once and never changed; a frame is a path.
+    """Large messages are files, written once; a frame is a path.
+
+    What a rank forgets, others write over: a new file costs the clearing of its pages, which takes
+    several times as long as the copy. By then all tasks of the step have ended that count; one that
+    Spark has given up and that still runs may read what belongs to a later step. So nobody writes
+    a message that is there already: what came first was made of what was meant.
 
     Attributes:
         folder: of the round, on a disk or in memory that all ranks share.
@@ -94,17 +101,31 @@ class FileCarrier(Carrier):
         parts = chunks(message)
         if sum(map(len, parts)) < self.least_bytes:
             return b"".join(parts)
-        # Without its parents: a task that outlives its round must not bring the folder back.
-        folder = self._folder(message.source, step)
-        with suppress(FileExistsError):
-            os.mkdir(folder)
-        path = os.path.join(folder, f"{message.kind}-{target}")
-        unfinished = f"{path}.{uuid.uuid4().hex}"
-        with open(unfinished, "wb") as file:
-            for part in parts:
-                file.write(part)
-        os.replace(unfinished, path)
+        path = os.path.join(self._folder(message.source, step), f"{message.kind}-{target}")
+        if not os.path.exists(path):
+            unfinished = self._room(sum(map(len, parts)))
+            with open(unfinished, "r+b") as file:
+                for part in parts:
+                    file.write(part)
+            # Without its parents: a task that outlives its round must not bring the folder back.
+            with suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path))
+            os.replace(unfinished, path)
         return _PATH + os.fsencode(path)
+
+    def _room(self, num_bytes: int) -> str:
+        """A file of about so many bytes, or a new one, that nobody else has."""
+        mine = os.path.join(self.folder, f"unfinished-{uuid.uuid4().hex}")
+        for name in os.listdir(self.folder):
+            if not name.startswith(_FREE):
+                continue
+            # Messages of a step differ by some bytes from those of the next: times, losses.
+            if abs(int(name.split("-")[1]) - num_bytes) <= _ABOUT:
+                with suppress(FileNotFoundError):  # another rank was faster
+                    os.rename(os.path.join(self.folder, name), mine)
+                    return mine
+        with open(mine, "wb"):
+            return mine
 
     def state_to_all(self, run: Run, state: RankState, step: int) -> Iterator[tuple[int, bytes]]:
         """See `Carrier`."""
@@ -116,7 +137,14 @@ class FileCarrier(Carrier):
 
     def forget(self, rank: int, step: int) -> None:
         """See `Carrier`."""
-        shutil.rmtree(self._folder(rank, step), ignore_errors=True)
+        folder = self._folder(rank, step)
+        with suppress(FileNotFoundError):  # a task that ran before has done it
+            for name in os.listdir(folder):
+                path = os.path.join(folder, name)
+                free = f"{_FREE}{os.path.getsize(path)}-{uuid.uuid4().hex}"
+                os.rename(path, os.path.join(self.folder, free))
+            with suppress(OSError):  # a task that does not count has just written there
+                os.rmdir(folder)
 
     def _folder(self, rank: int, step: int) -> str:
         return os.path.join(self.folder, f"{step}-{rank}")

@@ -2,8 +2,9 @@
 
 `partitionBy` and `zip` of PySpark pickle every element, and `zip` passes both sides through one
 more Python worker to make their batches alike. Here a partition is a sequence of byte strings that
-go straight between the JVM and our own functions, and an RDD costs a third of the calls into the
-JVM that PySpark makes for it: a round of 30 steps makes some 120 of them while nothing else runs.
+go straight between the JVM and our own functions, and an RDD costs a fifth of the calls into the
+JVM that PySpark makes for it: a round of 30 steps has some 120 RDDs, described while nothing else
+runs.
 
 Of the code that trains, this file alone touches PySpark's internals (`_jrdd`,
 `SimplePythonFunction`, `PairwiseRDD`, `NoOpSerializer`: the same from Spark 3.5 to 4.x).
@@ -12,11 +13,11 @@ Of the code that trains, this file alone touches PySpark's internals (`_jrdd`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from pyspark import SparkContext, StorageLevel
+from pyspark import Broadcast, SparkContext, StorageLevel
 from pyspark.rdd import RDD
 from pyspark.serializers import (
     CloudPickleSerializer,
@@ -50,7 +51,9 @@ def frames(
         function: see above.
         barrier: compute all partitions at the same time, in a barrier stage.
     """
-    return RDD(_python_rdd(rdd, function, barrier).asJavaRDD(), rdd.context, NoOpSerializer())
+    return _Described(
+        _python_rdd(rdd, function, barrier).asJavaRDD(), rdd.context, NoOpSerializer()
+    )
 
 
 def exchange(
@@ -69,14 +72,14 @@ def exchange(
     jvm = _bridge(rdd.context)
     keyed = _python_rdd(rdd, _Keyed(function))
     pairs = jvm.pairwise_rdd(keyed).asJavaPairRDD()
-    partitioned = pairs.partitionBy(jvm.partitioner(num_ranks, id(exchange)))
+    partitioned = pairs.partitionBy(jvm.partitioner_into(num_ranks))
     partitioned.rdd().setSerializer(jvm.serializer)
-    return RDD(jvm.python_rdd.valueOfPair(partitioned), rdd.context, NoOpSerializer())
+    return _Described(jvm.python_rdd.valueOfPair(partitioned), rdd.context, NoOpSerializer())
 
 
 def zip_frames(left: Frames, right: Frames) -> RDD:
     """Pairs of frames, partition by partition; both sides must hold equally many."""
-    return RDD(
+    return _Described(
         left._jrdd.zip(right._jrdd),
         left.context,
         PairDeserializer(NoOpSerializer(), NoOpSerializer()),
@@ -129,6 +132,22 @@ def scratch_folder(context: SparkContext) -> str:
     return str(context._temp_dir)
 
 
+class _Described(RDD):
+    """An RDD that asks the JVM for its number when somebody wants to know, as PipelinedRDD does."""
+
+    def __init__(self, jrdd: Any, context: SparkContext, deserializer: Any):
+        self._jrdd, self._jrdd_deserializer, self.ctx = jrdd, deserializer, context
+        self.is_cached = self.is_checkpointed = self.has_resource_profile = False
+        self.partitioner = None
+        self._id: int | None = None
+
+    def id(self) -> int:
+        """See `RDD.id`."""
+        if self._id is None:
+            self._id = self._jrdd.id()
+        return self._id
+
+
 @dataclass(frozen=True)
 class _Bridge:
     """What PySpark looks up in the JVM, or sends there, for every RDD anew."""
@@ -145,6 +164,30 @@ class _Bridge:
     includes: Any
 
     included: list[str]  # what is in `includes`, to see that addPyFile was called since
+
+    partitioners: dict[int, Any] = field(default_factory=dict)
+    lists: dict[frozenset[str], Any] = field(default_factory=dict)
+
+    def partitioner_into(self, partitions: int) -> Any:
+        """By the number that comes with each frame, which is its partition."""
+        if partitions not in self.partitioners:
+            self.partitioners[partitions] = self.partitioner(partitions, id(exchange))
+        return self.partitioners[partitions]
+
+    def list_of(self, context: SparkContext, broadcasts: Iterable[Broadcast]) -> Any:
+        """Broadcasts as a list of the JVM, which must not be changed: all functions share it."""
+        by_name = {each._jbroadcast._get_object_id(): each._jbroadcast for each in broadcasts}
+        names = frozenset(by_name)
+        if names not in self.lists:
+            jvm = context._jvm
+            assert jvm is not None
+            made = jvm.java.util.ArrayList()
+            for each in by_name.values():
+                made.add(each)
+            # All functions of a run hold the same ones; those of runs before are not kept alive.
+            self.lists.clear()
+            self.lists[names] = made
+        return self.lists[names]
 
 
 _bridges: WeakKeyDictionary[SparkContext, _Bridge] = WeakKeyDictionary()
@@ -189,7 +232,7 @@ def _python_rdd(
         (function, None, rdd._jrdd_deserializer, NoOpSerializer())
     )
     # Pickling noted which broadcasts the function holds.
-    broadcasts = [broadcast._jbroadcast for broadcast in context._pickled_broadcast_vars]
+    broadcasts = jvm.list_of(context, context._pickled_broadcast_vars)
     context._pickled_broadcast_vars.clear()
     wrapped = jvm.python_function(
         bytearray(command),
