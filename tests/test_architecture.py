@@ -16,8 +16,9 @@ BELOW = {
     "_aligned": set(),
     "_optional": {"errors"},
     "slots": {"errors"},
-    "context": {"errors", "slots"},
-    "daemon": set(),  # names modules of all layers, and imports them for others
+    "ahead": set(),  # by the process that Spark waits for: nothing that takes time
+    "context": {"errors", "slots", "ahead"},
+    "daemon": {"ahead"},  # names modules of all layers, and imports them for others
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},
     "graph": {"errors", "graphdef", "data"},

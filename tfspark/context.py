@@ -14,9 +14,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import pyspark
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 
+from tfspark import ahead
 from tfspark.errors import ClusterError, InvalidInputError
 from tfspark.slots import STARTING_WORKERS, in_process, slots
 
@@ -54,7 +56,12 @@ _TASK_LOGGERS = (
     "org.apache.spark.TaskContextImpl",
 )
 
+_DAEMON = "tfspark.daemon"
+_OF_EXECUTORS = "spark.executorEnv."
+
 _checked: weakref.WeakSet[SparkContext] = weakref.WeakSet()
+
+_importing: list[ahead.Ahead] = []  # one that nobody holds any more ends
 
 
 def init_nncontext(
@@ -79,7 +86,8 @@ def init_nncontext(
       without the errors of single tasks, which the driver raises; warnings and errors only from
       the workers' TensorFlow; on Linux, Python workers that are forked from a process that has
       imported TensorFlow (`spark.python.daemon.module`), so that they start at once and share its
-      memory, and one tiny job in the background that has Spark start it;
+      memory; that process is started beside the JVM, and one tiny job in the background has
+      Spark make use of it;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
@@ -186,10 +194,32 @@ def _start(requested: dict[str, str]) -> SparkContext:
         named = requested.keys() | _named_before_launch()
         for key in early.keys() - named:
             launch.set(key, early[key])
-    with _environment(_launch_environment(requested) if launches and local else {}):
-        # Only the JVM knows all that the user set: it has read spark-defaults.conf and the
-        # arguments of spark-submit.
-        SparkContext._ensure_initialized(conf=launch)
+    with ExitStack() as undo:
+        imports = None
+        if launches and _can_import_ahead(requested):
+            imports = ahead.Ahead(_worker_environment(requested))
+            undo.callback(imports.end)
+        with _environment(_launch_environment(requested) if launches and local else {}):
+            # Only the JVM knows all that the user set: it has read spark-defaults.conf and the
+            # arguments of spark-submit.
+            SparkContext._ensure_initialized(conf=launch)
+        conf, silences = _configured(requested)
+        uses_daemon = conf.get("spark.python.daemon.module") == _DAEMON
+        if uses_daemon and imports is not None:
+            conf.set(f"spark.executorEnv.{ahead.SOCKET}", imports.path)
+        context = SparkContext(conf=conf)
+        if silences:
+            _silence(context, _TASK_LOGGERS)
+        if uses_daemon and in_process(context):
+            _start_workers(context)
+            if imports is not None:
+                _importing.append(imports)
+                undo.pop_all()
+    return context
+
+
+def _configured(requested: Mapping[str, str]) -> tuple[SparkConf, bool]:
+    """All settings, and whether errors of single tasks are to be silent; the JVM runs."""
     conf = SparkConf()
     for key, value in requested.items():
         conf.set(key, value)
@@ -197,8 +227,9 @@ def _start(requested: dict[str, str]) -> SparkContext:
         conf.set("spark.app.name", Path(sys.argv[0]).stem or "tfspark")
     conf.setIfMissing("spark.master", "local[*]")
     master = str(conf.get("spark.master"))
-    chosen_level = conf.contains("spark.log.level")
-    for key, value in _defaults(master).items():
+    defaults = _defaults(master)
+    silences = not conf.contains("spark.log.level") and "spark.log.level" in defaults
+    for key, value in defaults.items():
         conf.setIfMissing(key, value)
     if _sockets_work(master, conf):
         conf.setIfMissing("spark.python.unix.domain.socket.enabled", "true")
@@ -207,15 +238,37 @@ def _start(requested: dict[str, str]) -> SparkContext:
             "PYSPARK_PYTHON", conf.get("spark.pyspark.python", sys.executable) or sys.executable
         )
     if _daemon_works(master, conf):
-        conf.setIfMissing("spark.python.daemon.module", "tfspark.daemon")
+        conf.setIfMissing("spark.python.daemon.module", _DAEMON)
         # Spark SQL sets this for its workers; set for all, one daemon serves DataFrames and RDDs.
         conf.setIfMissing("spark.executorEnv.SPARK_SIMPLIFIED_TRACEBACK", "1")
-    context = SparkContext(conf=conf)
-    if not chosen_level and "spark.log.level" in _defaults(master):
-        _silence(context, _TASK_LOGGERS)
-    if in_process(context) and conf.get("spark.python.daemon.module") == "tfspark.daemon":
-        _start_workers(context)
-    return context
+    return conf, silences
+
+
+def _can_import_ahead(requested: Mapping[str, str]) -> bool:
+    """Whether this process will most likely start the JVM and workers as `_DAEMON` has them."""
+    named = _named_before_launch()
+    return (
+        sys.platform == "linux"
+        and bool(re.match(r"local(\[|$)", requested.get("spark.master", "local")))
+        and "spark.master" not in named
+        and "spark.python.daemon.module" not in requested.keys() | named
+        and shutil.which(os.environ.get("PYSPARK_PYTHON", sys.executable)) == sys.executable
+        and len(os.fsencode(tempfile.gettempdir())) <= _MAX_SOCKET_FOLDER
+    )
+
+
+def _worker_environment(requested: Mapping[str, str]) -> dict[str, str]:
+    """The variables that Spark will start Python with; where they turn out to differ, it does."""
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"),
+        "PYTHONUNBUFFERED": "YES",
+        "OMP_NUM_THREADS": requested.get("spark.task.cpus", "1"),
+    }
+    for key, value in {**_defaults("local"), **requested}.items():
+        if key.startswith(_OF_EXECUTORS):
+            environment[key[len(_OF_EXECUTORS) :]] = value
+    return environment
 
 
 def _start_workers(context: SparkContext) -> None:

@@ -22,10 +22,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pyspark import daemon
+from tfspark import ahead
 
 # Whatever a task of training or prediction imports. The first is PySpark's own part of a worker.
 MODULES = (
@@ -43,11 +44,35 @@ LATER = ("keras", "tf_keras")
 
 
 def main() -> None:
-    """Imports, then serves Spark until it closes standard input."""
-    preload(MODULES)
+    """Imports, then serves Spark until it closes standard input; or has a process that did so."""
+    if sys.argv[1:2] == [ahead.FLAG]:
+        if not ahead.serve(sys.argv[2], _preload_all):
+            return
+    elif ahead.passed_on():
+        return
+    else:
+        _preload_all()
     if not _is_awaited():
         return  # Spark was stopped meanwhile
+    from pyspark import daemon
+
     daemon.manager()
+
+
+def _preload_all() -> None:
+    _prefer_installed()
+    preload(MODULES)
+
+
+def _prefer_installed() -> None:
+    """Takes the archives of an installed PySpark off the path.
+
+    They hold the modules that are installed, as source text that is compiled anew in each process.
+    """
+    for entry in [*sys.path]:
+        archive = Path(entry)
+        if archive.match("pyspark/python/lib/*.zip") and str(archive.parents[3]) in sys.path:
+            sys.path.remove(entry)
 
 
 def _is_awaited() -> bool:
