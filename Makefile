@@ -20,8 +20,9 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 quickstart: $(READY)
 	$(BIN)/python examples/lenet.py
 
+# Two files of tests at a time: mostly they wait for processes. Each of the two has a Spark of its own.
 test: lint spark35
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "tensorboard>=2.18",
     "tf-slim>=1.1",
