@@ -19,6 +19,7 @@ import importlib.abc
 import os
 import select
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec, PathFinder
@@ -56,7 +57,24 @@ def main() -> None:
         return  # Spark was stopped meanwhile
     from pyspark import daemon
 
+    daemon.traceback = Tracebacks()  # type: ignore[assignment]
     daemon.manager()
+
+
+class Tracebacks:
+    """The module `traceback` for PySpark's daemon, silent about a Spark that has gone.
+
+    Workers are idle when Spark stops, and find that out as they write: that is no error, but as a
+    traceback it would be the last that a script prints.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(traceback, name)
+
+    def print_exc(self) -> None:
+        """Prints the exception that is handled, unless nobody was there to write to."""
+        if not isinstance(sys.exc_info()[1], (BrokenPipeError, ConnectionResetError)):
+            traceback.print_exc()
 
 
 def _preload_all() -> None:

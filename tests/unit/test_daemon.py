@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 
 import pytest
 from pyspark import SparkConf
@@ -67,6 +68,18 @@ def test_standard_output_is_kept_for_spark(run_python, tmp_path):
     assert result.stdout == "port\n"
     assert "from Python" in result.stderr
     assert "from C" in result.stderr
+
+
+def test_a_spark_that_has_gone_is_no_error(capsys):
+    tracebacks = daemon.Tracebacks()
+    for error in (BrokenPipeError(), ConnectionResetError(), ValueError("of a task")):
+        try:
+            raise error
+        except (OSError, ValueError):
+            tracebacks.print_exc()
+    printed = capsys.readouterr().err
+    assert printed.count("Traceback") == 1 and printed.endswith("ValueError: of a task\n")
+    assert tracebacks.format_exc is traceback.format_exc
 
 
 class TestWhereItIsUsed:

@@ -237,7 +237,7 @@ class TestStrangersAtTheDriver:
             {"port": 1 << 16},
             {"host": 3},
             {"nonce": "zz"},
-            {"nonce": nonce().hex()},
+            {"nonce": "5a" * NONCE_BYTES},
             {"nonce": None},
             {"own": b"short"},
             {"proof": ""},
