@@ -106,9 +106,13 @@ def serve(path: str, preload: Callable[[], None]) -> bool:
 
 
 def _take_place(front: socket.socket, began_with: Mapping[str, str]) -> bool:
-    head, streams, _, _ = socket.recv_fds(front, _LENGTH.size, len(_STREAMS))
+    head, streams, _, _ = socket.recv_fds(front, _LENGTH.size, len(_STREAMS), socket.MSG_WAITALL)
+    size = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else 0
     with front.makefile("rb") as incoming:
-        asked = json.loads(incoming.read(*_LENGTH.unpack(head)))
+        text = incoming.read(size)
+    if not size or len(text) < size:
+        return False  # Spark was stopped, and has ended it before it could ask
+    asked = json.loads(text)
     fits = fits_together(began_with, asked["environment"])
     if fits:
         os.environ.clear()
@@ -119,7 +123,10 @@ def _take_place(front: socket.socket, began_with: Mapping[str, str]) -> bool:
             os.dup2(stream, number)
     for stream in streams:
         os.close(stream)
-    front.sendall(_LENGTH.pack(os.getpid() if fits else 0))
+    try:
+        front.sendall(_LENGTH.pack(os.getpid() if fits else 0))
+    except (BrokenPipeError, ConnectionResetError):
+        return False  # Spark was stopped meanwhile
     return fits
 
 
@@ -150,7 +157,7 @@ def passed_on() -> bool:
         False where there is none, or none that fits: then this process has to serve.
     """
     path = os.environ.get(SOCKET)
-    if not path or not hasattr(socket, "send_fds"):
+    if not path:
         return False
     with socket.socket(socket.AF_UNIX) as other:
         try:

@@ -206,7 +206,7 @@ def _start(requested: dict[str, str]) -> SparkContext:
         conf, silences = _configured(requested)
         uses_daemon = conf.get("spark.python.daemon.module") == _DAEMON
         if uses_daemon and imports is not None:
-            conf.set(f"spark.executorEnv.{ahead.SOCKET}", imports.path)
+            conf.set(f"{_OF_EXECUTORS}{ahead.SOCKET}", imports.path)
         context = SparkContext(conf=conf)
         if silences:
             _silence(context, _TASK_LOGGERS)

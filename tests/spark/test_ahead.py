@@ -169,3 +169,24 @@ def test_it_ends_with_a_driver_that_is_killed(run_python):
             wait_for(lambda: not left(), 20)
     """
     run_python(source)
+
+
+def test_a_spark_that_was_stopped_meanwhile_is_no_error(run_python):
+    source = """
+        import json, os, socket, struct
+        from tfspark.ahead import Ahead
+        from spark_app import wait_for
+
+        asked = json.dumps(dict(environment=dict(os.environ), folder="/", arguments=[])).encode()
+        for said in (b"", asked[:9], asked):
+            ahead = Ahead(os.environ)
+            wait_for(lambda: os.path.exists(ahead.path), 30)
+            with socket.socket(socket.AF_UNIX) as front:
+                wait_for(lambda: front.connect_ex(ahead.path) == 0, 30)
+                if said:
+                    socket.send_fds(front, [struct.pack("!I", len(asked))], (0, 1, 2))
+                    front.sendall(said)
+            assert ahead._process.wait(60) == 0
+            assert not os.path.exists(os.path.dirname(ahead.path))
+    """
+    assert "Traceback" not in run_python(source).stderr
