@@ -175,7 +175,8 @@ class Results:
         (self._folder / "compare.md").write_text(page(self._content))
 
     def publish(self, published: Path) -> None:
-        """The picture, and the page of the documentation with its tables."""
+        """The picture, and the tables, also on the page of the documentation."""
+        (self._folder / "compare.md").write_text(page(self._content))
         plot(self._content, self._folder / "compare.png")
         template = (HERE / "speed_page.md").read_text(encoding="utf-8")
         published.write_text(fill(template, {"tables": page(self._content)}), encoding="utf-8")

@@ -136,16 +136,16 @@ def _word(error: str) -> str:
 def table(found: Sequence[Row]) -> str:
     """A Markdown table of one workload and batch."""
     lines = [
-        "| side | rows/s | of the limit | data, gradient, update, exchange % | driver MB | "
-        "worker MB | all MB | MB on the wire a step | first step s | one model |",
-        "|---|" + "---:|" * 2 + "---|" + "---:|" * 5 + "---|",
+        "| side | rows/s | of the limit | least to most | data, gradient, update, exchange % | "
+        "driver MB | worker MB | all MB | MB on the wire a step | first step s | one model |",
+        "|---|" + "---:|" * 2 + "---|" * 2 + "---:|" * 5 + "---|",
     ]
     for row in found:
         name = f"**{row.side}**" if row.side.startswith(_OWN) else row.side
         if row.problem:
-            lines.append(f"| {name} | {row.problem} |" + " |" * 8)
+            lines.append(f"| {name} | {row.problem} |" + " |" * 9)
             continue
-        assert row.rows_per_second is not None and row.ratio is not None
+        assert row.rows_per_second is not None and row.ratio is not None and row.spread
         counts = row.equal_weights != "no"
         shares = row.phases and " ".join(f"{100 * row.phases[phase]:.0f}" for phase in PHASES)
         memory = row.memory_mb or {}
@@ -155,6 +155,7 @@ def table(found: Sequence[Row]) -> str:
         values = [
             f"{row.rows_per_second:,.0f}",
             f"{row.ratio:.2f}" if counts else f"({row.ratio:.2f})",
+            "{:.2f}–{:.2f}".format(*row.spread) if row.spread[0] < row.spread[1] else "",
             shares or "",
             *(_number(memory.get(kind), ",.0f") for kind in ("driver", "worker", "all")),
             wire,
@@ -174,7 +175,8 @@ def page(content: Mapping[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in content["machine"].items())
     parts = [
         f"{machine}.",
-        "Ratios are to plain TensorFlow (`tf.function`) measured before and after each side. "
+        "Ratios are to plain TensorFlow (`tf.function`) measured before and after each side: the "
+        "median, and the least and the most where a side was measured several times. "
         "Memory is peak resident memory: of the driver with its JVMs, of the largest worker, and "
         "the largest sum of all processes at one time; what processes share counts once. In "
         "brackets: a ratio that does not count, because the workers ended with different weights.",

@@ -78,6 +78,8 @@ class TestReport:
         assert bigdl.ratio == pytest.approx(0.6)
         assert bigdl.spread == pytest.approx((0.5, 0.9))
         assert bigdl.wire_mb == pytest.approx(2.0)
+        assert "| bigdl | 900 | 0.60 | 0.50–0.90 |" in table([bigdl])
+        assert "| 1,000 | 1.00 |  |" in table([plain])  # always the same
 
     def test_the_fastest_comes_first_and_what_does_not_count_last(self):
         units = [
