@@ -17,9 +17,10 @@ from pathlib import Path
 MB = 2**20
 _PROC = Path("/proc")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_WATCH_S, _GRACE_S = 0.5, 3.0
-# The kernel walks all pages of a process to count those that it shares: not at every look.
-_LOOKS_PER_COUNT = 4
+_WATCH_S, _GRACE_S = 1.0, 3.0
+# The kernel walks all pages of a process to count those that it shares. With gigabytes that takes a
+# tenth of a second of a core that the others train on, so the next count is this share away.
+_COUNTING_SHARE = 0.005
 _ERROR_LINES = 12
 
 
@@ -55,7 +56,7 @@ class Family:
     _members: dict[tuple[int, int], tuple[str, float]] = field(default_factory=dict)
     _sessions: set[int] = field(default_factory=set)
     _most: float = 0.0
-    _looks: int = 0
+    _count_at: float = 0.0  # of time.monotonic()
 
     def look(self) -> list[int]:
         """The members that live; remembers their peak memory."""
@@ -80,9 +81,8 @@ class Family:
                 living[stat.pid] = stat
                 if stat.session == stat.pid:
                     self._sessions.add(stat.pid)
-        counts = self._looks % _LOOKS_PER_COUNT == 0
-        self._looks += 1
-        total = 0.0
+        counts = time.monotonic() >= self._count_at
+        began, total = time.thread_time(), 0.0
         for stat in living.values():
             key = stat.pid, stat.started
             memory = _memory_mb(stat) if counts else 0.0
@@ -91,10 +91,13 @@ class Family:
             self._members[key] = (stat.name, max(former, memory))
             total += memory
         self._most = max(self._most, total)
+        if counts:
+            cost_s = time.thread_time() - began
+            self._count_at = time.monotonic() + cost_s / _COUNTING_SHARE
         return [pid for pid, stat in living.items() if stat.state != "Z"]
 
     def memory_mb(self) -> dict[str, float]:
-        """Peaks of resident memory, in MB, as seen every two seconds.
+        """Peaks of resident memory, in MB, as seen now and then: seldom where there is much.
 
         A page that several processes share counts for each by its part (`Pss`), so that sums are
         what the machine holds. driver: of the root and of every JVM, added; worker: of the largest

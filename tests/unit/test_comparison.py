@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import environments
 import pytest
 from compare import SIDES, Bench, Results, cell_of
 from environments import CannotMakeError, Environment, find_python
-from processes import Outcome, last_answer, run_side
+from processes import Family, Outcome, last_answer, run_side
 from report import LIMIT, cells, page, plot, ratio, rows, table
 
 SCRIPTS = Path(environments.__file__).parent / "sides"
@@ -234,6 +235,27 @@ class TestProcesses:
         assert outcome.answer == {"rows_per_second": 1} and outcome.error is None
         if Path("/proc/self/stat").exists():
             assert 200 < outcome.memory_mb["driver"] < 400
+
+    @needs_proc
+    def test_memory_that_takes_long_to_count_is_counted_seldom(self, monkeypatch):
+        counted = []
+
+        def count(stat):
+            counted.append(stat.pid)
+            until = time.thread_time() + 0.02
+            while time.thread_time() < until:
+                pass
+            return 10.0
+
+        monkeypatch.setattr("processes._memory_mb", count)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+        )
+        family = Family(child.pid)
+        assert family.look() == family.look() == [child.pid]  # 4 s lie between two counts
+        assert counted == [child.pid]
+        assert family.memory_mb() == {"driver": 10.0, "worker": 0.0, "all": 10.0}
+        child.communicate(b"\n", timeout=20)
 
     def test_an_error_is_the_end_of_the_output(self):
         outcome = self.run("print('before'); raise ValueError('of the side')")
