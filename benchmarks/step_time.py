@@ -189,7 +189,9 @@ def plot(rows: list[Row], path: Path) -> None:
                 bottom += height
         ratios = ", ".join(f"{row.engine} {row.ratio:.2f}" for row in found)
         axis.set(title=f"{model} weights\nratio: {ratios}", ylabel="ms per step")
-    axes[0].legend()
+    # Below the panels: there is no room in them beside the bars.
+    named = axes[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=len(PHASES))
     figure.suptitle("A step of each engine on Spark against plain Keras, same batch")
     figure.savefig(path, dpi=150)
 
