@@ -12,7 +12,7 @@ from tfspark import MaxIteration, TFDataset, TFOptimizer, TrainSummary, init_nnc
 PHASES = ("data", "gradient", "update", "exchange")
 # A block is a round, and a round of a long training is no shorter than this: what a round costs at
 # its start and its end has to weigh here what it weighs there.
-ROUND_S = 12.0
+ROUND_S = 16.0
 
 
 def train(engine):

@@ -40,7 +40,7 @@ def test_rounds_of_local_steps_end_at_averages(step, horizons, seconds_per_step,
     ("fixed_s", "steps"),
     [
         (0.01, 4),  # two seconds hide it
-        (0.3, 30),  # fifteen seconds, of which it is two percent
+        (0.15, 30),  # fifteen seconds, of which it is one percent
         (5.0, 60),  # but never more than half a minute is at stake
     ],
 )

@@ -16,8 +16,8 @@ class Pacing:
         target_s: seconds that a round should last at least. Where an engine tells of steps only at
             the end of a round, this is also how often the progress bar moves.
         longest_s: seconds that it should last at most: what a failure may cost.
-        most_fixed: share of a round's time that may be fixed cost. The cost of the next round is
-            not known but guessed from the last, so this is below the 3 % that are promised.
+        most_fixed: share of a round's time that may be fixed cost. In an hour, 1 % are 36 s, more
+            than the round that a failure may cost.
         most_steps: however fast the steps are; None: any number.
         average_every: τ of local SGD; 1 elsewhere.
 
@@ -28,7 +28,7 @@ class Pacing:
 
     target_s: float = 2.0
     longest_s: float = 30.0
-    most_fixed: float = 0.02
+    most_fixed: float = 0.01
     most_steps: int | None = None
     average_every: int = 1
 
