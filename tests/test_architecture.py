@@ -17,7 +17,8 @@ BELOW = {
     "_optional": {"errors"},
     "slots": {"errors"},
     "ahead": set(),  # by the process that Spark waits for: nothing that takes time
-    "context": {"errors", "slots", "ahead"},
+    "jvm_classes": set(),
+    "context": {"errors", "slots", "ahead", "jvm_classes"},
     "daemon": {"ahead"},  # names modules of all layers, and imports them for others
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},

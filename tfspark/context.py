@@ -25,7 +25,7 @@ import pyspark
 from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 
-from tfspark import ahead
+from tfspark import ahead, jvm_classes
 from tfspark.errors import ClusterError, InvalidInputError
 from tfspark.slots import STARTING_WORKERS, in_process, slots
 
@@ -56,6 +56,7 @@ _TASK_LOGGERS = (
     "org.apache.spark.TaskContextImpl",
 )
 
+_JAVA_OPTIONS = "spark.driver.defaultJavaOptions"
 _DAEMON = "tfspark.daemon"
 _OF_EXECUTORS = "spark.executorEnv."
 
@@ -87,7 +88,9 @@ def init_nncontext(
       the workers' TensorFlow; on Linux, Python workers that are forked from a process that has
       imported TensorFlow (`spark.python.daemon.module`), so that they start at once and share its
       memory; that process is started beside the JVM, and one tiny job in the background has
-      Spark make use of it;
+      Spark make use of it; and Java options (`spark.driver.defaultJavaOptions`) for a smaller
+      heap and for a quicker start: the second start of the JVM writes its classes into a file of
+      some 90 MB (in `~/.cache/tfspark`, or `$XDG_CACHE_HOME/tfspark`), which later ones map;
     * everywhere: `spark.ui.showConsoleProgress=false`, because tfspark shows its own progress;
       Unix domain sockets between the JVM and Python (Spark 4.1 and later, not on YARN), which
       nearly halve the time of a small task; a longer `spark.locality.wait.node`, because a
@@ -185,12 +188,12 @@ def _start(requested: dict[str, str]) -> SparkContext:
     launches = SparkContext._gateway is None and "PYSPARK_GATEWAY_PORT" not in os.environ
     local = requested.get("spark.master", "local").startswith("local")
     if launches:
-        check_java()
+        java = check_java()
         # To Spark, a Python script is a shell, and a shell turns this on; so later we could not
         # tell whether the user did.
         early = {"spark.ui.showConsoleProgress": "false"}
         if local:
-            early["spark.driver.defaultJavaOptions"] = _SMALL_HEAP
+            early[_JAVA_OPTIONS] = f"{_SMALL_HEAP} {_kept_classes(java, requested)}".strip()
         named = requested.keys() | _named_before_launch()
         for key in early.keys() - named:
             launch.set(key, early[key])
@@ -370,11 +373,23 @@ def _driver_memory_mib(machine_bytes: int) -> int:
     return max(1024, machine_bytes // 4 // 2**20)
 
 
+def _kept_classes(java: str, requested: Mapping[str, str]) -> str:
+    """Java options that keep the classes of an embedded JVM for its next start."""
+    # A folder of the class path must be empty for that, and Spark puts its configuration there.
+    folder = _conf_folder()
+    if folder.is_dir() and any(folder.iterdir()):
+        return ""
+    also = (requested.get("spark.driver.extraClassPath"), os.environ.get("SPARK_DIST_CLASSPATH"))
+    return jvm_classes.java_options(java, _spark_home() / "jars", map(str, also))
+
+
+def _spark_home() -> Path:
+    return Path(os.environ.get("SPARK_HOME") or os.path.dirname(pyspark.__file__))
+
+
 def _conf_folder() -> Path:
-    if folder := os.environ.get("SPARK_CONF_DIR"):
-        return Path(folder)
-    home = os.environ.get("SPARK_HOME") or os.path.dirname(pyspark.__file__)
-    return Path(home) / "conf"
+    folder = os.environ.get("SPARK_CONF_DIR")
+    return Path(folder) if folder else _spark_home() / "conf"
 
 
 def _named_before_launch() -> set[str]:
@@ -432,8 +447,11 @@ def _warn_of_ignored(requested: Mapping[str, str], context: SparkContext) -> Non
 # Checks before Spark starts
 
 
-def check_java() -> None:
+def check_java() -> str:
     """Checks that the Java that Spark would start is 17 or later.
+
+    Returns:
+        Where it is, and in further lines what it says of its version.
 
     Raises:
         ClusterError: it is missing or too old; one line that says what to install.
@@ -447,7 +465,8 @@ def check_java() -> None:
             f"Spark needs Java {MIN_JAVA} or later. Received: none {where}. {remedy}"
         )
     result = subprocess.run([java, "-version"], capture_output=True, text=True, check=False)
-    version = _java_version(result.stdout + result.stderr)
+    said = result.stdout + result.stderr
+    version = _java_version(said)
     if version is None:
         raise ClusterError(
             f"Spark needs Java {MIN_JAVA} or later. Received: no version from {java!r}. {remedy}"
@@ -456,6 +475,7 @@ def check_java() -> None:
         raise ClusterError(
             f"Spark needs Java {MIN_JAVA} or later. Received: Java {version} {where}. {remedy}"
         )
+    return f"{java}\n{said}"
 
 
 def _java_version(text: str) -> int | None:

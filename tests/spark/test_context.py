@@ -87,7 +87,7 @@ def test_a_plain_script_gets_an_embedded_spark(run_python):
     assert conf["spark.master"] == "local[*]"
     assert started["workers"] == [[sys.executable, True]] * 2
     assert int(conf["spark.driver.memory"].removesuffix("m")) >= 1024
-    assert conf["spark.driver.defaultJavaOptions"] == context._SMALL_HEAP
+    assert conf["spark.driver.defaultJavaOptions"].startswith(context._SMALL_HEAP)
     assert conf["spark.ui.showConsoleProgress"] == "false"
     assert conf["spark.driver.host"] == "127.0.0.1"
 
@@ -220,3 +220,23 @@ def test_workers_start_without_a_task_of_the_script(run_python):
     result = run_python(source)
     assert " ERROR " not in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.skipif(sys.platform != "linux", reason="what a JVM maps is read from /proc")
+def test_the_third_start_maps_the_classes_that_the_second_wrote(run_python, tmp_path):
+    source = """
+        from tfspark import init_nncontext
+        sc = init_nncontext(master="local[1]")
+        assert sc.parallelize([1, 2], 1).sum() == 3
+        with open(f"/proc/{sc._gateway.proc.pid}/maps") as maps:
+            print(*{line.split()[-1] for line in maps if ".jsa" in line and "tfspark" in line})
+    """
+    # In a folder without a configuration of Spark: with one, classes are not kept.
+    folders = {"XDG_CACHE_HOME": str(tmp_path), "SPARK_CONF_DIR": None}
+    outputs = [run_python(source, **folders).stdout.split() for _ in range(3)]
+    (archive,) = (tmp_path / "tfspark").glob("*.jsa")
+    assert outputs == [[], [], [str(archive)]]
+    os.truncate(archive, archive.stat().st_size // 2)
+    assert run_python(source, **folders).stdout.split() == []
