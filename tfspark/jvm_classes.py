@@ -26,10 +26,13 @@ _WRITING_STARTS = range(2, 5)
 _QUIET = "-Xlog:cds*=off -Xlog:class*=off"
 """Of classes that cannot be archived the JVM tells on standard output, line by line."""
 
-_UNUSED_S = 60 * 24 * 3600.0
-"""Archives of other versions of Spark or Java go after so long without use."""
+_WRITING_S = 3600.0
+"""No JVM writes for so long."""
 
-# An archive has some 90 MB. What is passed in Java options must need no quotes.
+_UNUSED_S = 60 * 24 * 3600.0
+"""Archives of other versions of Spark or Java, of some 90 MB, go after so long without use."""
+
+# What is passed in Java options must need no quotes.
 _PLAIN = re.compile(r"[\w./+-]+")
 
 
@@ -97,11 +100,13 @@ def _take_written(folder: Path, name: str) -> None:
         with part.open("rb") as file:
             # The JVM writes the head after all else.
             is_written = any(file.read(4))
-        if is_written:
-            part.replace(folder / f"{name}-{part.stat().st_size}.jsa")
+        stat = part.stat()
+        if is_written and not any(folder.glob(f"{name}-*.jsa")):
+            part.replace(folder / f"{name}-{stat.st_size}.jsa")
             _forget_unused(folder)
-        elif time.time() - part.stat().st_mtime > 3600:
-            part.unlink(missing_ok=True)  # of a JVM that was killed while it wrote
+        elif is_written or time.time() - stat.st_mtime > _WRITING_S:
+            # Of one of two that ran at the same time, or that was killed while it wrote.
+            part.unlink(missing_ok=True)
 
 
 def _is_whole(archive: Path) -> bool:

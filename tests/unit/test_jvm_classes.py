@@ -60,6 +60,15 @@ def test_an_archive_that_is_being_written_is_left_alone(start):
     assert not os.path.exists(path)
 
 
+def test_of_two_that_wrote_at_the_same_time_one_is_kept(start, tmp_path):
+    start()
+    path = write(start())
+    (tmp_path / "cache" / f"{os.path.basename(path)[:-5]}0.part").write_bytes(HEAD + b"others")
+    archive = file_of(start(), "SharedArchiveFile")
+    kept = [each.name for each in (tmp_path / "cache").iterdir() if each.suffix != ".starts"]
+    assert kept == [os.path.basename(archive)]
+
+
 def test_where_no_start_could_write_no_more_try(start):
     assert ["Archive" in start() for _ in range(7)] == [False, True, True, True, *[False] * 3]
 
