@@ -143,17 +143,26 @@ def cell_of(text: str) -> list[tuple[str, int]]:
 
 
 class Results:
-    """The files of results, written after every unit."""
+    """The files of results, written after every unit.
 
-    def __init__(self, folder: Path, machine: Mapping[str, Any], resume: bool):
+    Args:
+        folder: of the files.
+        machine: where units are measured; None where none will be.
+        resume: keep the units that are there, which must be of this machine.
+    """
+
+    def __init__(self, folder: Path, machine: Mapping[str, Any] | None, resume: bool):
         folder.mkdir(parents=True, exist_ok=True)
         self._json, self._folder = folder / "compare.json", folder
-        self._content: dict[str, Any] = {
-            "machine": dict(machine),
-            "units": [],
-        }
+        self._content: dict[str, Any] = {"machine": machine or {}, "units": []}
         if resume and self._json.exists():
-            self._content["units"] = json.loads(self._json.read_text())["units"]
+            self._content = json.loads(self._json.read_text())
+            known = self._content["machine"]
+            if machine is not None and known != machine:
+                raise SystemExit(
+                    f"A table is of one machine. Received: units of {known} in {self._json}, and "
+                    f"{machine} to go on with. Take another folder (--out), or leave out --resume."
+                )
 
     @property
     def units(self) -> list[dict[str, Any]]:
@@ -306,7 +315,8 @@ def main() -> None:
     cells_wanted = options.workloads or [
         cell_of(text) for text in (DEFAULT_CELLS[:2] if options.quick else DEFAULT_CELLS)
     ]
-    results = Results(options.out, machine(options), options.resume or options.plot_only)
+    here = None if options.plot_only else machine(options)
+    results = Results(options.out, here, options.resume or options.plot_only)
     started = time.monotonic()
     # So that the sides end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))

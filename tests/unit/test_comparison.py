@@ -179,6 +179,14 @@ class TestBench:
         assert [unit["side"] for unit in written["units"]] == ["Keras fit", "tfspark-gang"]
         assert "tfspark-gang" in (tmp_path / "compare.md").read_text()
 
+    def test_a_table_is_of_one_machine(self, options, tmp_path):
+        results = Results(tmp_path, {"processor": "of then"}, resume=False)
+        Bench(options, results, FakeSides()).cell("lenet", 128, 0)
+        with pytest.raises(SystemExit, match=r"of one machine.*of then.*of now.*--out"):
+            Results(tmp_path, {"processor": "of now"}, resume=True)
+        Results(tmp_path, None, resume=True).publish(tmp_path / "speed.md")
+        assert "processor of then" in (tmp_path / "speed.md").read_text()
+
     def test_a_workload_that_a_side_cannot_train_is_said_in_a_word(self, options, tmp_path):
         options.sides = ["torch-distributor"]
         fake, results = FakeSides(), Results(tmp_path, {}, resume=False)
