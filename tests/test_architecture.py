@@ -18,7 +18,8 @@ BELOW = {
     "slots": {"errors"},
     "ahead": set(),  # by the process that Spark waits for: nothing that takes time
     "jvm_classes": set(),
-    "context": {"errors", "slots", "ahead", "jvm_classes"},
+    "executors": {"errors", "slots"},
+    "context": {"errors", "slots", "ahead", "jvm_classes", "executors"},
     "daemon": {"ahead"},  # names modules of all layers, and imports them for others
     "graphdef": {"errors"},
     "data": {"errors", "_aligned", "graphdef"},
@@ -31,8 +32,18 @@ BELOW["nnframes"] = {"errors", "graphdef", "data", "graph", "inference", "train"
 BELOW["doctor"] = set(BELOW) - {"daemon"}
 BELOW["__main__"] = {"doctor"}
 FRAMEWORKS = {
-    "pyspark": {"context", "slots", "daemon", "doctor", "data", "inference", "sync", "train"},
-    "py4j": {"context", "data", "sync", "train"},
+    "pyspark": {
+        "context",
+        "executors",
+        "slots",
+        "daemon",
+        "doctor",
+        "data",
+        "inference",
+        "sync",
+        "train",
+    },
+    "py4j": {"executors", "data", "sync", "train"},
     "tensorflow": {"graphdef", "data", "graph", "inference", "sync", "train", "doctor"},
     "keras": {"graphdef", "graph", "inference", "sync", "train"},
 }

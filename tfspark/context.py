@@ -19,15 +19,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyspark
-from py4j.protocol import Py4JError
 from pyspark import SparkConf, SparkContext
 
 from tfspark import ahead, jvm_classes
 from tfspark.errors import ClusterError, InvalidInputError
-from tfspark.slots import STARTING_WORKERS, in_process, slots
+from tfspark.executors import compare_executors
+from tfspark.slots import STARTING_WORKERS, in_process
 
 logger = logging.getLogger("tfspark")
 
@@ -56,6 +56,7 @@ _TASK_LOGGERS = (
     "org.apache.spark.TaskContextImpl",
 )
 
+_PROGRESS = "spark.ui.showConsoleProgress"
 _JAVA_OPTIONS = "spark.driver.defaultJavaOptions"
 _DAEMON = "tfspark.daemon"
 _OF_EXECUTORS = "spark.executorEnv."
@@ -188,15 +189,8 @@ def _start(requested: dict[str, str]) -> SparkContext:
     launches = SparkContext._gateway is None and "PYSPARK_GATEWAY_PORT" not in os.environ
     local = requested.get("spark.master", "local").startswith("local")
     if launches:
-        java = check_java()
-        # To Spark, a Python script is a shell, and a shell turns this on; so later we could not
-        # tell whether the user did.
-        early = {"spark.ui.showConsoleProgress": "false"}
-        if local:
-            early[_JAVA_OPTIONS] = f"{_SMALL_HEAP} {_kept_classes(java, requested)}".strip()
-        named = requested.keys() | _named_before_launch()
-        for key in early.keys() - named:
-            launch.set(key, early[key])
+        for key, value in _early_defaults(requested, local, check_java()).items():
+            launch.set(key, value)
     with ExitStack() as undo:
         imports = None
         if launches and _can_import_ahead(requested):
@@ -219,6 +213,19 @@ def _start(requested: dict[str, str]) -> SparkContext:
                 _importing.append(imports)
                 undo.pop_all()
     return context
+
+
+def _early_defaults(requested: Mapping[str, str], local: bool, java: str) -> dict[str, str]:
+    """What has to be set before the JVM starts, where the user set nothing."""
+    named = requested.keys() | _named_before_launch()
+    defaults = {}
+    if _PROGRESS not in named:
+        # To Spark, a Python script is a shell, and a shell turns this on; so later we could not
+        # tell whether the user did.
+        defaults[_PROGRESS] = "false"
+    if local and _JAVA_OPTIONS not in named:
+        defaults[_JAVA_OPTIONS] = f"{_SMALL_HEAP} {_kept_classes(java, requested)}".strip()
+    return defaults
 
 
 def _configured(requested: Mapping[str, str]) -> tuple[SparkConf, bool]:
@@ -301,7 +308,7 @@ def _silence(context: SparkContext, loggers: Iterable[str]) -> None:
 def _defaults(master: str) -> dict[str, str]:
     """What tfspark prefers on this master; used where the user set nothing."""
     defaults = {
-        "spark.ui.showConsoleProgress": "false",
+        _PROGRESS: "false",
         # Tasks want the host of their store. With the usual 3 s a busy slot would send one away,
         # and reading and writing the partition again takes longer than that.
         "spark.locality.wait.node": "10s",
@@ -508,99 +515,3 @@ def _refuse_connect(requested: Mapping[str, str]) -> None:
             f"{remote or 'a Spark Connect session'}. Run the script with spark-submit, or start "
             "Spark in this process: unset SPARK_REMOTE, spark.remote and spark.api.mode."
         )
-
-
-# Checks of a running application
-
-
-class _Versions(NamedTuple):
-    """What must agree between the driver and the executors; an empty string: not installed."""
-
-    host: str
-    python: str
-    tensorflow: str
-    tfspark: str
-
-
-def _probe() -> Callable[[Iterable[int]], list[tuple[str, ...]]]:
-    """A task that reports versions; nested, so that it travels by value, without tfspark."""
-
-    def versions(ranks: Iterable[int]) -> list[tuple[str, ...]]:
-        import importlib.metadata
-        import importlib.util
-        import platform
-        import sys
-
-        list(ranks)  # a task reads its input to the end
-        tensorflow = tfspark = ""
-        if importlib.util.find_spec("tensorflow") is not None:
-            # The distribution has many names: tensorflow, tensorflow-cpu, tf-nightly …
-            owners = importlib.metadata.packages_distributions().get("tensorflow", [])
-            found = [importlib.metadata.version(owner) for owner in owners]
-            tensorflow = found[0] if found else "of unknown version"
-        if importlib.util.find_spec("tfspark") is not None:
-            tfspark = importlib.import_module("tfspark").__version__
-        python = "{}.{}".format(*sys.version_info)
-        return [(platform.node(), python, tensorflow, tfspark)]
-
-    return versions
-
-
-def compare_executors(context: SparkContext) -> None:
-    """Compares the executors' Python and packages with the driver's, in one tiny job.
-
-    Raises:
-        ClusterError: they differ, or no Python task runs there.
-    """
-    probe = _probe()
-    (driver,) = probe([])
-    number = slots(context)
-    try:
-        found = context.parallelize(range(number), number).mapPartitions(probe).collect()
-    except Py4JError as error:
-        raise ClusterError(_worker_failure(str(error))) from error
-    for executor in sorted(set(found)):
-        if difference := _difference(_Versions(*driver), _Versions(*executor)):
-            raise ClusterError(difference)
-
-
-def _difference(driver: _Versions, executor: _Versions) -> str | None:
-    """A message about the first thing in which an executor differs; None where none does."""
-    remedy = (
-        "Ship the driver's environment to the executors (spark.archives, or the same packages on "
-        "every host) and point PYSPARK_PYTHON at its interpreter."
-    )
-    names = {"python": "Python", "tensorflow": "TensorFlow", "tfspark": "tfspark"}
-    for field, name in names.items():
-        here, there = getattr(driver, field), getattr(executor, field)
-        if here and not there:
-            return (
-                f"Executors need {name}. Received: {name} {here} on the driver, none on "
-                f"{executor.host}. {remedy}"
-            )
-        # Patch releases run each other's graphs.
-        if here.split(".")[:2] != there.split(".")[:2]:
-            return (
-                f"Executors need the driver's {name}. Received: {name} {here} on the driver, "
-                f"{there} on {executor.host}. {remedy}"
-            )
-    return None
-
-
-def _worker_failure(text: str) -> str:
-    """What to tell when Python does not even start on an executor."""
-    remedy = "Point PYSPARK_PYTHON at an interpreter that is on every host."
-    here = "{}.{}".format(*sys.version_info)
-    mismatch = re.search(r"different version:? \(?(\d+)(?:\.|, )(\d+)", text)
-    if mismatch:
-        return (
-            f"Executors need the driver's Python. Received: Python {here} on the driver, "
-            f"{mismatch[1]}.{mismatch[2]} on an executor. {remedy}"
-        )
-    missing = re.search(r'Cannot run program "([^"]*)"', text)
-    if missing:
-        return (
-            f"Executors need the driver's Python {here}. Received: no program {missing[1]!r} on an "
-            f"executor. {remedy}"
-        )
-    return f"The executors cannot run Python tasks. Received: {text.strip()} {remedy}"

@@ -25,9 +25,10 @@ import numpy as np
 import pyspark
 from pyspark import SparkContext
 
-from tfspark.context import compare_executors, init_nncontext
+from tfspark.context import init_nncontext
 from tfspark.data.failures import driver_errors, reporting
 from tfspark.errors import TFSparkError
+from tfspark.executors import compare_executors
 from tfspark.slots import slots, task_threads
 from tfspark.sync.frames import Message
 from tfspark.sync.meeting import Invitation, MeetingPlace

@@ -15,6 +15,7 @@ from tfspark import context
 from tfspark.errors import ClusterError, InvalidInputError
 
 ROOT = Path(__file__).parent.parent.parent
+OPTIONS = "spark.driver.defaultJavaOptions"
 
 
 def fake_java(folder: Path, output: str) -> Path:
@@ -161,45 +162,38 @@ class TestRefusals:
             context.init_nncontext()
 
 
-class TestExecutors:
-    driver = context._Versions("driver", "3.11", "2.21.0", "0.1.0")
+class TestEarlyDefaults:
+    """What is set before the JVM starts."""
 
-    def test_patch_releases_agree(self):
-        other = self.driver._replace(host="a", tensorflow="2.21.3")
-        assert context._difference(self.driver, other) is None
+    JAVA = "java\n64-Bit Server VM (mixed mode, sharing)"
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"python": "3.10"}, "Python 3.11 on the driver, 3.10 on a"),
-            ({"tensorflow": "2.18.1"}, "TensorFlow 2.21.0 on the driver, 2.18.1 on a"),
-            ({"tensorflow": ""}, "TensorFlow 2.21.0 on the driver, none on a"),
-            ({"tfspark": ""}, "tfspark 0.1.0 on the driver, none on a"),
-        ],
-    )
-    def test_a_difference_names_both(self, change, message):
-        executor = self.driver._replace(host="a", **change)
-        assert message in context._difference(self.driver, executor)
+    @pytest.fixture
+    def cache(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setenv("SPARK_CONF_DIR", str(tmp_path / "conf"))
+        monkeypatch.delenv("PYSPARK_SUBMIT_ARGS", raising=False)
+        return tmp_path / "tfspark"
 
-    def test_the_probe_reports_this_interpreter(self):
-        ((_, python, tensorflow, tfspark),) = context._probe()([1, 2])
-        assert python == "{}.{}".format(*sys.version_info)
-        assert tensorflow.startswith("2.")
-        assert tfspark == sys.modules["tfspark"].__version__
+    def test_starts_are_counted_for_an_archive_of_classes(self, cache):
+        options = [context._early_defaults({}, True, self.JAVA)[OPTIONS] for _ in range(2)]
+        assert options[0] == context._SMALL_HEAP
+        assert "ArchiveClassesAtExit" in options[1]
+        assert cache.is_dir()
 
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "Python in worker has different version (3, 9) than that in driver 3.11",
-            "Python in worker has different version: 3.9 than that in driver: 3.11",
-        ],
-    )
-    def test_spark_refuses_the_workers_python(self, text):
-        assert "3.9 on an executor" in context._worker_failure(text)
+    def test_java_options_of_the_user_leave_no_trace(self, cache):
+        found = context._early_defaults({OPTIONS: "-Dx=y"}, True, self.JAVA)
+        assert found == {"spark.ui.showConsoleProgress": "false"}
+        assert not cache.exists()
 
-    def test_no_python_on_an_executor(self):
-        text = 'java.io.IOException: Cannot run program "/opt/py/bin/python": error=2'
-        assert "no program '/opt/py/bin/python'" in context._worker_failure(text)
+    def test_a_configuration_folder_with_files_leaves_no_trace(self, cache, tmp_path):
+        (tmp_path / "conf").mkdir()
+        (tmp_path / "conf" / "log4j2.properties").touch()
+        assert context._early_defaults({}, True, self.JAVA)[OPTIONS] == context._SMALL_HEAP
+        assert not cache.exists()
+
+    def test_the_jvm_of_a_cluster_has_its_own_options(self, cache):
+        assert OPTIONS not in context._early_defaults({}, False, self.JAVA)
+        assert not cache.exists()
 
 
 class TestDefaults:
