@@ -29,9 +29,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tfspark
 
-# What to run before every commit: half a minute, no training.
+# What to run before every commit: a minute, and no training but that of the docstrings.
 check: lint
 	$(BIN)/python -m pytest -m 'not slow' tests/test_architecture.py tests/test_docs.py tests/test_public_api.py
+	$(BIN)/python -m pytest tests/test_docs.py::test_the_examples_of_docstrings_are_right
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

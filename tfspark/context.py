@@ -119,8 +119,8 @@ def init_nncontext(
 
     Example:
         >>> sc = init_nncontext({"spark.task.cpus": 2}, app_name="digits", master="local[4]")
-        >>> slots(sc)
-        2
+        >>> sc.master, sc.appName
+        ('local[4]', 'digits')
     """
     requested = _requested(conf, app_name, master)
     _check_pyspark(pyspark.__version__)
