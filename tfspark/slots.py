@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,13 +23,17 @@ STARTING_WORKERS = "tfspark-workers"  # the group of the job that does, see cont
 _REGISTRATION_S = 60.0
 _SETTLED_S = 5.0
 
+# The slots of applications whose executors have registered, which need not be waited for again.
+_settled: weakref.WeakKeyDictionary[SparkContext, int] = weakref.WeakKeyDictionary()
+
 
 def slots(context: SparkContext) -> int:
     """How many tasks the application can run at once; the default of `num_ranks`.
 
     Waits until the executors that were asked for have registered: on some clusters a new
-    SparkContext has none for the first seconds. With dynamic allocation it is the number that
-    Spark may grow to, or starts with where no limit is set.
+    SparkContext has none for the first seconds. What has registered by then is known from there on,
+    and waited for again only while there are fewer, after a loss. With dynamic allocation it is the
+    number that Spark may grow to, or starts with where no limit is set.
 
     Raises:
         ClusterError: no executor registered within a minute, or `spark.task.cpus` is more than an
@@ -42,8 +48,9 @@ def slots(context: SparkContext) -> int:
     registered = registered_slots(context)
     if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
         return max(registered, expected)
-    if not in_process(context):
+    if not in_process(context) and registered < _settled.get(context, math.inf):
         registered = _await_slots(lambda: registered_slots(context), expected)
+        _settled[context] = max(1, registered)
     if registered < 1:
         raise ClusterError(
             "Training needs at least one task slot: executors times their cores, divided by "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tfspark import slots
@@ -84,3 +86,28 @@ class TestSlots:
         number, seconds = self.wait([0], expected=None)
         assert number == 0
         assert seconds == pytest.approx(slots._REGISTRATION_S, abs=0.3)
+
+    def test_waits_once_and_again_after_a_loss(self, monkeypatch):
+        """On a standalone cluster nobody knows how many come, so each wait takes five seconds."""
+        registered, waits = 3, []
+
+        class Standalone:
+            master = "spark://h:7077"
+
+            def getConf(self):
+                return SimpleNamespace(getAll=lambda: [("spark.master", self.master)])
+
+        def wait(count, expected):
+            nonlocal registered
+            waits.append(count())
+            registered = max(2, registered)  # a successor comes
+            return count()
+
+        monkeypatch.setattr(slots, "_await_slots", wait)
+        monkeypatch.setattr(slots, "registered_slots", lambda context: registered)
+        context = Standalone()
+        assert [slots.slots(context) for _ in range(3)] == [3, 3, 3]
+        assert waits == [3]
+        registered = 1
+        assert [slots.slots(context) for _ in range(2)] == [2, 2]
+        assert waits == [3, 1]
