@@ -48,8 +48,9 @@ def slots(context: SparkContext) -> int:
     registered = registered_slots(context)
     if settings.get("spark.dynamicAllocation.enabled") == "true" and expected:
         return max(registered, expected)
-    if not in_process(context) and registered < _settled.get(context, math.inf):
-        registered = _await_slots(lambda: registered_slots(context), expected)
+    if not in_process(context):
+        if registered < _settled.get(context, math.inf):
+            registered = _await_slots(lambda: registered_slots(context), expected)
         _settled[context] = max(1, registered)
     if registered < 1:
         raise ClusterError(

@@ -111,3 +111,8 @@ class TestSlots:
         registered = 1
         assert [slots.slots(context) for _ in range(2)] == [2, 2]
         assert waits == [3, 1]
+        registered = 5
+        assert slots.slots(context) == 5
+        registered = 4  # more than when they were waited for, fewer than there have been
+        assert slots.slots(context) == 4
+        assert waits == [3, 1, 4]
