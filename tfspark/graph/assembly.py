@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,8 @@ class BoundProgram:
         state_variables: the variable of each state slot.
         write: sets variables to arrays, in the user's session or eagerly.
         read: the arrays that variables hold.
+        retrace: the same program for an exact number of rows, traced anew; None where that would
+            be of no less work, or is not possible.
     """
 
     program: Program
@@ -41,6 +43,19 @@ class BoundProgram:
     state_variables: tuple[Any, ...]
     write: Callable[[Sequence[Any], Sequence[np.ndarray]], None]
     read: Callable[[Sequence[Any]], Sequence[np.ndarray]]
+    retrace: Callable[[int], Program] | None = None
+
+    def expecting(self, rows: Iterable[int]) -> BoundProgram:
+        """With graphs of less work for these numbers of rows, if there are such."""
+        if self.retrace is None:
+            return self
+        exact = {}
+        for count in sorted(set(rows)):
+            program = self.retrace(count)
+            # What looks at the number of rows in Python may have become another model.
+            if replace(program, graph=self.program.graph) == self.program:
+                exact[count] = program.graph
+        return replace(self, program=replace(self.program, exact_graphs=exact))
 
     def values(self) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """The flat vector and the model state as the variables hold them now."""
@@ -98,9 +113,9 @@ def step_signature(fields: Sequence[TensorInfo]) -> list[tf.TensorSpec]:
     ]
 
 
-def batch_infos(spec: RowSpec) -> list[TensorInfo]:
-    """Batches of rows of this spec: `[None, *shape]` for each field."""
-    return [TensorInfo(f.name, f.dtype, (None, *f.shape)) for f in spec.fields]
+def batch_infos(spec: RowSpec, rows: int | None = None) -> list[TensorInfo]:
+    """Batches of rows of this spec: `[rows, *shape]` for each field; None: of any number."""
+    return [TensorInfo(f.name, f.dtype, (rows, *f.shape)) for f in spec.fields]
 
 
 def assemble(step: Step) -> Program:

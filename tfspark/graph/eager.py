@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,29 +17,64 @@ from tfspark.graph.assembly import (
     state_kind,
     unique_names,
 )
-from tfspark.graph.program import StateSlot, Weight
+from tfspark.graph.program import Program, StateSlot, Weight
+from tfspark.graphdef.loops import adapts_shapes_in_loops
 from tfspark.graphdef.variables import purify_function
 
 
-def bind(
-    graph: Any,
-    trained: Sequence[Any],
-    fields: int,
-    group_of: Callable[[str], int] | None,
-    states: Sequence[Any] | None = None,
-) -> BoundProgram:
-    """The program of a traced step, bound to the variables that it uses.
+@dataclass(frozen=True)
+class TracedStep:
+    """A step as a graph that reads variables.
 
-    Args:
+    Attributes:
         graph: FuncGraph with the inputs of `step_signature`; its outputs are the loss sum, then one
             gradient per entry of `trained`.
         trained: the weights, sorted by group: Keras variables or `tf.Variable`.
-        fields: number of batch inputs.
-        group_of: parameter group by name; None: all are of group 0.
         states: the model state; the step's changes of other variables are dropped. None: all that
             it uses.
     """
-    purified = purify_function(graph, [*trained, *(states or ())], seeded=True)
+
+    graph: Any
+    trained: Sequence[Any]
+    states: Sequence[Any] | None = None
+
+
+def bind(
+    trace: Callable[[int | None], TracedStep],
+    fields: int,
+    group_of: Callable[[str], int] | None,
+) -> BoundProgram:
+    """The program of a step, bound to the variables that it uses.
+
+    Args:
+        trace: the step for an exact number of rows; None: for any.
+        fields: number of batch inputs.
+        group_of: parameter group by name; None: all are of group 0.
+    """
+
+    def retrace(rows: int) -> Program:
+        return _program(trace(rows), fields, group_of)[0]
+
+    traced = trace(None)
+    program, states = _program(traced, fields, group_of)
+    return BoundProgram(
+        program,
+        join(_read(traced.trained), program.dtype),
+        tuple(_read(states)),
+        tuple(traced.trained),
+        tuple(states),
+        _write,
+        _read,
+        retrace if adapts_shapes_in_loops(program.graph) else None,
+    )
+
+
+def _program(
+    traced: TracedStep, fields: int, group_of: Callable[[str], int] | None
+) -> tuple[Program, Sequence[Any]]:
+    """The program of a traced step, and the variables of its model state."""
+    trained, states = traced.trained, traced.states
+    purified = purify_function(traced.graph, [*trained, *(states or ())], seeded=True)
     end = len(purified.variables) if states is None else len(trained) + len(states)
     if states is None:
         states = purified.variables[len(trained) :]
@@ -55,16 +91,7 @@ def bind(
         for name, v, changes in zip(names[len(trained) :], states, written, strict=True)
     )
     rest = tuple(variable.numpy() for variable in purified.variables[end:])
-    program = assemble(Step(purified.graph, weights, slots, tuple(range(fields)), rest))
-    return BoundProgram(
-        program,
-        join(_read(trained), program.dtype),
-        tuple(_read(states)),
-        tuple(trained),
-        tuple(states),
-        _write,
-        _read,
-    )
+    return assemble(Step(purified.graph, weights, slots, tuple(range(fields)), rest)), states
 
 
 def name_of(variable: Any) -> str:
@@ -75,11 +102,6 @@ def name_of(variable: Any) -> str:
 def dtype_of(variable: Any) -> str:
     """TensorFlow's name of a variable's dtype."""
     return tf.as_dtype(variable.dtype).name
-
-
-def _slot(name: str, variable: Any, changes: bool) -> StateSlot:
-    dtype, shape = dtype_of(variable), tuple(variable.shape)
-    return StateSlot(name, dtype, shape, state_kind(name, dtype, shape, changes))
 
 
 def _write(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:

@@ -15,7 +15,7 @@ from tfspark.graph.assembly import (
     check_weight_dtypes,
     step_signature,
 )
-from tfspark.graph.eager import bind, dtype_of, name_of
+from tfspark.graph.eager import TracedStep, bind, dtype_of, name_of
 from tfspark.graphdef.functions import trace_graph
 from tfspark.graphdef.variables import tensorflow_variable
 
@@ -59,7 +59,6 @@ def program_from_function(
         raise ProgramError("A function needs variables to train. Received: none. Pass variables=…")
     check_weight_dtypes([(name_of(v), dtype_of(v)) for v in trained])
     trained.sort(key=lambda v: group_of(name_of(v)) if group_of else 0)
-    infos = batch_infos(row_spec)
     converted = (
         tf.autograph.experimental.do_not_convert(loss_fn)
         if _is_function(loss_fn)
@@ -90,8 +89,10 @@ def program_from_function(
         total = tf.cast(total, trained[0].dtype)
         return [total, *(tf.convert_to_tensor(gradient) for gradient in gradients)]
 
-    graph = trace_graph(step, step_signature(infos))
-    return bind(graph, trained, len(infos), group_of)
+    def trace(rows: int | None) -> TracedStep:
+        return TracedStep(trace_graph(step, step_signature(batch_infos(row_spec, rows))), trained)
+
+    return bind(trace, len(row_spec.fields), group_of)
 
 
 def _is_function(function: Any) -> bool:

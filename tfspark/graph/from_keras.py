@@ -18,7 +18,7 @@ from tfspark.graph.assembly import (
     check_weight_dtypes,
     step_signature,
 )
-from tfspark.graph.eager import bind, dtype_of, name_of
+from tfspark.graph.eager import TracedStep, bind, dtype_of, name_of
 from tfspark.graph.keras_2 import Keras2View, is_keras_2
 from tfspark.graph.keras_3 import Keras3View
 from tfspark.graph.keras_metrics import metric_sums, reset
@@ -68,12 +68,9 @@ def program_from_keras(
     """
     check_model(model)
     view = view_of(model, loss, loss_weights)
-    infos = batch_infos(row_spec)
     view.build(row_spec)
     connected: list[Any] = []
-    sums: list[tf.Variable] = []
-    if tracks_metrics:
-        reset(view)
+    sums: list[tf.Variable] = []  # a graph does not keep its variables
 
     def step(*inputs: Any) -> list[Any]:
         *batch, rows, global_rows, _ = inputs
@@ -99,15 +96,19 @@ def program_from_keras(
                 f"model {model.name!r} with {len(trainable)} trainable weights, on none of which "
                 "its loss depends. Unfreeze a layer, or check the loss."
             )
-        connected.extend(variable for variable, _ in pairs)
+        connected[:] = [variable for variable, _ in pairs]
         check_weight_dtypes([(name_of(v), dtype_of(v)) for v in connected])
         total = tf.cast(total, connected[0].dtype)
         return [total, *(tf.convert_to_tensor(gradient) for _, gradient in pairs)]
 
-    graph = trace_graph(step, step_signature(infos))
-    view.clear()  # of tensors of the traced graph
-    states = _used_states(view, graph, connected)
-    return bind(graph, connected, len(infos), group_of, states)
+    def trace(rows: int | None) -> TracedStep:
+        if tracks_metrics:
+            reset(view)
+        graph = trace_graph(step, step_signature(batch_infos(row_spec, rows)))
+        view.clear()  # of tensors of the traced graph
+        return TracedStep(graph, tuple(connected), _used_states(view, graph, connected))
+
+    return bind(trace, len(row_spec.fields), group_of)
 
 
 def sums_for(view: KerasView) -> list[tf.Variable]:

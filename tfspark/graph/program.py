@@ -15,7 +15,8 @@ Words used here, once and for all:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,8 @@ class Program:
         state: the model state.
         batch: indices into the fields of the data set's (mapped) row spec that the program reads.
         dtype: "float32" or "float64", of the flat vector.
-        graph: the pure graph.
+        graph: the pure graph, for any number of rows.
+        exact_graphs: graphs of the same for just so many rows, of less work for each.
     """
 
     weights: tuple[Weight, ...]
@@ -107,6 +109,11 @@ class Program:
     batch: tuple[int, ...]
     dtype: str
     graph: PureGraph
+    exact_graphs: Mapping[int, PureGraph] = field(default_factory=dict)
+
+    def graph_for(self, rows: int) -> PureGraph:
+        """The graph of least work for a call with so many rows."""
+        return self.exact_graphs.get(rows, self.graph)
 
     @property
     def size(self) -> int:

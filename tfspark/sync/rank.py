@@ -26,7 +26,14 @@ from tfspark.errors import TrainingError
 from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
 from tfspark.graph.sums import at_elements, tensor_sums
-from tfspark.graphdef.loader import HandOver, array_of, load, load_in_parts, op_error
+from tfspark.graphdef.loader import (
+    HandOver,
+    Loaded,
+    array_of,
+    load,
+    load_in_parts,
+    op_error,
+)
 from tfspark.sync.engine import Halt, RankState, Run, StepRates, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.messages import Contribution, halt_from
@@ -85,13 +92,21 @@ class RankProgram:
         every = (range(len(run.program.weights)),)
         tensors = run.layout.bucket_tensors() if run.exchanges_early else every
         self._places = [run.layout.place_of(each) for each in tensors]
-        pieces = [range(1 + each.start, 1 + each.stop) for each in tensors]  # after the loss
-        self._gradient = load_in_parts(run.program.graph, pieces)
+        self._pieces = [range(1 + each.start, 1 + each.stop) for each in tensors]  # after the loss
+        self._gradients: dict[str, Loaded] = {}  # by fingerprint
+        self._gradient_for(run.order.rank_rows(0)[0] // run.accumulation_steps)  # the most used
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
         self._terms = [
             load(update.terms, jit_compile=True) if update.terms else None for update in run.updates
         ]
         self.has_stepped = False  # or the next step has to compile
+
+    def _gradient_for(self, rows: int) -> Loaded:
+        """The gradient of so many rows."""
+        graph = self.run.program.graph_for(rows)
+        if graph.fingerprint not in self._gradients:
+            self._gradients[graph.fingerprint] = load_in_parts(graph, self._pieces)
+        return self._gradients[graph.fingerprint]
 
     def replica(
         self, messages: Sequence[Message], flat: np.ndarray | None = None, *, exact: bool = False
@@ -229,7 +244,7 @@ class RankProgram:
             for slot, value in zip(run.program.state, state, strict=True)
         ]
         seed = np.array([run.seed + rank * _GOLDEN, seed_step], object) & (2**64 - 1)
-        loss, *outputs = self._gradient(
+        loss, *outputs = self._gradient_for(rows)(
             hand_over,
             flat,
             *shifted,
