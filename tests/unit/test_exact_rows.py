@@ -16,6 +16,7 @@ from tfspark.data.batches import BatchReader
 from tfspark.data.order import BatchOrder
 from tfspark.data.spec import Field, RowSpec
 from tfspark.data.store import StoreWriter
+from tfspark.errors import ProgramError
 from tfspark.graph.clipping import Clipping
 from tfspark.graph.from_function import program_from_function
 from tfspark.graph.from_keras import program_from_keras
@@ -23,7 +24,7 @@ from tfspark.graph.update import update_program
 from tfspark.graphdef.loader import load
 from tfspark.graphdef.loops import adapts_shapes_in_loops
 from tfspark.sync.engine import Run
-from tfspark.sync.rank import RankProgram, Replica
+from tfspark.sync.rank import RankProgram, Replica, common_rows
 
 tf_keras = pytest.importorskip("tf_keras", reason="tf-keras is not installed")
 
@@ -133,21 +134,47 @@ def test_a_function_that_becomes_another_model_for_its_rows_keeps_one_graph() ->
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("rows_per_rank", "batch_size", "accumulation_steps", "expected"),
     [
-        ({"num_ranks": 2}, {10}),
-        ({"num_ranks": 3}, {6, 7}),
-        ({"num_ranks": 2, "accumulation_steps": 5}, {2}),
-        ({"num_ranks": 30}, {1}),
+        ((500, 500), 128, 1, [64]),
+        ((667, 333), 96, 1, [64, 32]),  # three partitions on two ranks
+        ((500, 500), 127, 1, [63, 64]),
+        ((900, 300, 600, 600), 24, 1, [9, 3, 6]),
+        ((500, 500), 128, 5, [12, 13]),
+        ((50, 0), 32, 1, [32, 18]),  # of two steps an epoch, one is smaller
+        ((1000,), 300, 1, [300]),
+        ((3, 2), 4, 8, [1]),
     ],
 )
-def test_an_optimizer_expects_the_rows_that_ranks_have_of_a_batch(
-    sc: Any, settings: dict[str, int], expected: set[int]
+def test_rows_that_calls_have_most_often(
+    rows_per_rank: tuple[int, ...],
+    batch_size: int,
+    accumulation_steps: int,
+    expected: list[int],
 ) -> None:
+    order = BatchOrder(rows_per_rank, batch_size, seed=0, shuffle=True)
+    assert set(common_rows(order, accumulation_steps)) == set(expected)
+
+
+def test_a_training_knows_the_rows_of_its_ranks(sc: Any) -> None:
     model = compiled(keras, keras.layers.LSTM(3))
     dataset = TFDataset.from_ndarrays(tuple(batch(SPEC, 60)), batch_size=20)
-    optimizer = TFOptimizer.from_keras(model, dataset, **settings)
-    assert set(optimizer._recipe.bound.program.exact_graphs) == expected
+    optimizer = TFOptimizer.from_keras(model, dataset, engine="local", num_ranks=3)
+    program = optimizer.start()._training.loop.run.program
+    assert set(program.exact_graphs) == {6, 7}
+    optimizer.close()
+
+
+def test_a_model_for_other_rows_than_those_of_its_ranks_is_refused(sc: Any) -> None:
+    model = keras.Sequential(
+        [keras.Input(batch_shape=(8, STEPS, UNITS)), keras.layers.LSTM(3, stateful=True)]
+    )
+    model.compile(loss="mse", optimizer="sgd")
+    spec = RowSpec.of((SPEC.fields[0], Field("y", "float32", (3,))))
+    dataset = TFDataset.from_ndarrays(tuple(batch(spec, 60)), batch_size=20)
+    optimizer = TFOptimizer.from_keras(model, dataset, engine="local", num_ranks=2)
+    with pytest.raises(ProgramError, match=r"cannot compute 10 rows .*choose batch_size"):
+        optimizer.start()
 
 
 def test_a_rank_calls_the_graph_of_its_rows(tmp_path: Any) -> None:
@@ -196,5 +223,6 @@ def test_a_model_with_a_loop_learns_as_in_keras_also_from_part_of_a_batch(
         compiled(package, package.layers.LSTM(3), metrics=["mae"], optimizer="adam")
         for _ in range(2)
     )
+    plain.set_weights(model.get_weights())
     history = on_ranks(model, x, y, engine="local", num_ranks=1, epochs=2)
     same(model, history, plain, plainly(plain, x, y, epochs=2))

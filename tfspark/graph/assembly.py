@@ -32,8 +32,8 @@ class BoundProgram:
         state_variables: the variable of each state slot.
         write: sets variables to arrays, in the user's session or eagerly.
         read: the arrays that variables hold.
-        retrace: the same program for an exact number of rows, traced anew; None where that would
-            be of no less work, or is not possible.
+        retrace: the same program for an exact number of rows, traced anew from the model as it is
+            by then; None where that would be of no less work, or is not possible.
     """
 
     program: Program
@@ -46,12 +46,24 @@ class BoundProgram:
     retrace: Callable[[int], Program] | None = None
 
     def expecting(self, rows: Iterable[int]) -> BoundProgram:
-        """With graphs of less work for these numbers of rows, if there are such."""
+        """With graphs of less work for these numbers of rows, if there are such.
+
+        Raises:
+            ProgramError: the model cannot compute so many rows.
+        """
         if self.retrace is None:
             return self
         exact = {}
-        for count in sorted(set(rows)):
-            program = self.retrace(count)
+        for count in rows:
+            try:
+                program = self.retrace(count)
+            except (TypeError, ValueError, tf.errors.OpError) as error:
+                raise ProgramError(
+                    "A model must be able to compute the rows that a rank has of a batch. "
+                    f"Received: a model that cannot compute {count} rows "
+                    f"({str(error).splitlines()[0]}). Give its inputs no batch size of their own, "
+                    "or choose batch_size and num_ranks so that every rank has as many rows."
+                ) from error
             # What looks at the number of rows in Python may have become another model.
             if replace(program, graph=self.program.graph) == self.program:
                 exact[count] = program.graph

@@ -10,7 +10,7 @@ the same bits.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from tfspark._aligned import aligned_empty
 from tfspark.data.batches import BatchReader
+from tfspark.data.order import BatchOrder
 from tfspark.errors import TrainingError
 from tfspark.graph.clipping import scales, tensor_squared_norms
 from tfspark.graph.program import Evaluation
@@ -37,6 +38,9 @@ from tfspark.graphdef.loader import (
 from tfspark.sync.engine import Halt, RankState, Run, StepRates, StepRecord
 from tfspark.sync.frames import Message
 from tfspark.sync.messages import Contribution, halt_from
+
+_MOST_GRAPHS = 4  # each may take half a second to trace
+_STEPS_TO_LOOK_AT = 8  # shares of a batch repeat, give or take a row
 
 # The golden ratio in 64 bits: multiples of it are spread evenly, so ranks draw unrelated numbers.
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -94,7 +98,7 @@ class RankProgram:
         self._places = [run.layout.place_of(each) for each in tensors]
         self._pieces = [range(1 + each.start, 1 + each.stop) for each in tensors]  # after the loss
         self._gradients: dict[str, Loaded] = {}  # by fingerprint
-        self._gradient_for(run.order.rank_rows(0)[0] // run.accumulation_steps)  # the most used
+        self._gradient_for(next(iter(run.program.exact_graphs), 0))  # the most used
         self._updates = [load(update.graph, jit_compile=True) for update in run.updates]
         self._terms = [
             load(update.terms, jit_compile=True) if update.terms else None for update in run.updates
@@ -173,8 +177,8 @@ class RankProgram:
         if next_step is not None:
             reader.prefetch(next_step)
         read = time.perf_counter()
-        parts = min(run.accumulation_steps, rows)
-        bounds = np.linspace(0, rows, parts + 1).astype(int)
+        bounds = _part_bounds(rows, run.accumulation_steps)
+        parts = len(bounds) - 1
         gradient = aligned_empty(run.layout.size, run.layout.dtype) if into is None else into
         loss_sum, state = 0.0, replica.state
         for part in range(parts):
@@ -466,6 +470,25 @@ class RankProgram:
                     *accumulators,
                 )
         return [np.asarray(value) for value in accumulators]
+
+
+def common_rows(order: BatchOrder, accumulation_steps: int) -> list[int]:
+    """How many rows a call of the gradient has in a third of the steps or more, by frequency.
+
+    At most four numbers.
+    """
+    counts: Counter[int] = Counter()  # of steps
+    steps = min(order.steps_per_epoch, _STEPS_TO_LOOK_AT)
+    for step in range(steps):
+        parts = [np.diff(_part_bounds(rows, accumulation_steps)) for rows in order.rank_rows(step)]
+        counts.update(set(np.concatenate(parts).tolist()))
+    del counts[0]
+    return [rows for rows, often in counts.most_common(_MOST_GRAPHS) if 3 * often >= steps]
+
+
+def _part_bounds(rows: int, accumulation_steps: int) -> np.ndarray:
+    """Where the parts begin that a rank computes its rows in, and where the last one ends."""
+    return np.linspace(0, rows, min(accumulation_steps, max(rows, 1)) + 1).astype(int)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from tfspark.graph.clipping import Clipping
 from tfspark.graph.optimizer_memory import OptimizerMemory
 from tfspark.graph.program import Evaluation, UpdateProgram
 from tfspark.graph.update import update_program
-from tfspark.slots import slots
 from tfspark.sync.compression import WIRE_DTYPES
 from tfspark.sync.stragglers import LeaveOut
 from tfspark.train.checkpoint import CheckpointStore, Retention
@@ -191,8 +190,6 @@ class Recipe:
         names, variables = front_end.trainable()
         groups = parameter_groups(optim_method, names, variables, settings.turns)
         bound = front_end.program(groups.group_of)
-        if bound.retrace is not None:
-            bound = bound.expecting(_rows_of_most_calls(dataset.batch_size, settings))
         evaluation = front_end.evaluation()
         if dataset.validation is not None and evaluation is None:
             raise InvalidInputError(
@@ -262,14 +259,6 @@ class Recipe:
         names = [w.name for w in program.weights] + [slot.name for slot in program.state]
         variables = {n: v for n, v in zip(names, every, strict=True) if n not in seeds}
         self.bound.write(list(variables.values()), [values[name] for name in variables])
-
-
-def _rows_of_most_calls(batch_size: int, settings: Settings) -> set[int]:
-    """How many rows most calls of the program will have, where ranks have as many rows."""
-    context = SparkContext._active_spark_context
-    num_ranks = settings.num_ranks or (slots(context) if context is not None else 1)
-    calls = num_ranks * settings.accumulation_steps
-    return {batch_size // calls, -(-batch_size // calls)} - {0}
 
 
 def _updates(

@@ -21,6 +21,7 @@ from tfspark.slots import in_process, registered_slots, slots, task_threads
 from tfspark.sync import wire
 from tfspark.sync.engine import Engine, Run, SlotsChanged
 from tfspark.sync.interrupts import noting_interrupts
+from tfspark.sync.rank import common_rows
 from tfspark.train.engines import (
     buckets_that_pay,
     check_gradient_buckets,
@@ -245,8 +246,7 @@ def _run(
     threads: int,
     engine: str,
 ) -> Run:
-    dataset, settings, program = recipe.dataset, recipe.settings, recipe.bound.program
-    width = np.dtype(settings.wire_dtype or program.dtype).itemsize
+    dataset, settings = recipe.dataset, recipe.settings
     hosts = [handle.host for handle in train_set.handles]
     order = BatchOrder(
         tuple(handle.rows for handle in train_set.handles),
@@ -254,6 +254,10 @@ def _run(
         dataset.seed,
         dataset.shuffle,
     )
+    # Only now it is known how many rows each rank has.
+    rows = common_rows(order, settings.accumulation_steps)
+    program = recipe.bound.expecting(rows).program
+    width = np.dtype(settings.wire_dtype or program.dtype).itemsize
     return Run(
         run_id=uuid.uuid4().hex,
         program=program,
