@@ -173,7 +173,9 @@ def test_a_model_for_other_rows_than_those_of_its_ranks_is_refused(sc: Any) -> N
     spec = RowSpec.of((SPEC.fields[0], Field("y", "float32", (3,))))
     dataset = TFDataset.from_ndarrays(tuple(batch(spec, 60)), batch_size=20)
     optimizer = TFOptimizer.from_keras(model, dataset, engine="local", num_ranks=2)
-    with pytest.raises(ProgramError, match=r"cannot compute 10 rows .*choose batch_size"):
+    with pytest.raises(
+        ProgramError, match=r"compute 10 rows .*Received batch size: 10\). Give its"
+    ):
         optimizer.start()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,7 +62,7 @@ class BoundProgram:
                 raise ProgramError(
                     "A model must be able to compute the rows that a rank has of a batch. "
                     f"Received: a model that cannot compute {count} rows "
-                    f"({str(error).splitlines()[0]}). Give its inputs no batch size of their own, "
+                    f"({_complaint(error)}). Give its inputs no batch size of their own, "
                     "or choose batch_size and num_ranks so that every rank has as many rows."
                 ) from error
             # What looks at the number of rows in Python may have become another model.
@@ -151,6 +152,12 @@ def assemble(step: Step) -> Program:
     graph = trace_graph(program, signature, ordered=False)
     purified = purify_function(graph, seeded=True)
     return Program(step.weights, step.state, step.batch, dtype, purified.graph)
+
+
+def _complaint(error: Exception) -> str:
+    """In one line and plain text; Keras adds emphasis, and the arguments of the call."""
+    plain = re.sub(r"\x1b\[\d*m", "", str(error)).split("Arguments received by")[0]
+    return " ".join(plain.split())
 
 
 def split(flat: Any, weights: Sequence[Weight]) -> list[Any]:
