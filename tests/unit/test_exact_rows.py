@@ -105,6 +105,18 @@ def test_a_loop_of_exact_rows_computes_the_same_and_asks_for_no_shape(make: Any)
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_training_that_starts_again_has_the_graphs_of_the_first() -> None:
+    factor = 1.0
+
+    def loss_fn(batch: Any) -> Any:
+        return factor * powers(batch)
+
+    bound = program_from_function(loss_fn, [KERNEL], PAIRS)
+    first = bound.expecting([ROWS]).program
+    factor = 2.0  # such as a callback between epochs changes
+    assert bound.expecting([ROWS]).program.exact_graphs[ROWS] is first.exact_graphs[ROWS]
+
+
 @pytest.mark.parametrize("unroll", [None, True], ids=["dense", "unrolled"])
 def test_without_such_a_loop_nothing_is_traced_twice(unroll: bool | None) -> None:
     traced = []

@@ -33,8 +33,8 @@ class BoundProgram:
         state_variables: the variable of each state slot.
         write: sets variables to arrays, in the user's session or eagerly.
         read: the arrays that variables hold.
-        retrace: the same program for an exact number of rows, traced anew from the model as it is
-            by then; None where that would be of no less work, or is not possible.
+        retrace: the same program for an exact number of rows, traced from the model as it is at the
+            first call for so many; None where that would be of no less work, or is not possible.
     """
 
     program: Program

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ def bind(
         group_of: parameter group by name; None: all are of group 0.
     """
 
+    @cache  # a training that starts again after a fault must take the very same steps
     def retrace(rows: int) -> Program:
         return _program(trace(rows), fields, group_of)[0]
 
