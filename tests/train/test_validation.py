@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 from training import batches, classified
 
@@ -105,6 +106,27 @@ def test_scores_are_those_of_plain_keras(make, ranks):
         return_dict=True, batch_size=VAL_ROWS,
     )  # fmt: skip
     assert optimizer.scores == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("val_tensors", [None, classified(5)])
+def test_only_what_is_measured_is_traced(val_tensors):
+    weight, traced = keras.Variable(np.ones((6, 3), "f")), []
+
+    def predict(batch):
+        traced.append(True)
+        return batch[1], tf.nn.softmax(batch[0] @ weight)
+
+    optimizer = TFOptimizer.from_function(
+        lambda batch: tf.reduce_mean((batch[0] @ weight) ** 2),
+        [weight],
+        TFDataset.from_ndarrays(classified(9), batch_size=4, val_tensors=val_tensors),
+        "sgd",
+        predict_fn=predict,
+        metrics="accuracy",
+        **LOCAL,
+    )
+    optimizer.close()
+    assert bool(traced) == (val_tensors is not None)
 
 
 def test_scores_come_from_the_executors_too(sc):

@@ -293,20 +293,14 @@ def evaluation_from_function(
         bound: what `program_from_function` made.
         row_spec: of the rows to evaluate.
         predict_fn: from a batch to (labels, predictions), for metrics.
-        metrics: Keras metrics of (labels, predictions), by name.
+        metrics: Keras metrics of (labels, predictions), by name; they need `predict_fn`.
 
     Returns:
         The evaluation, and its metric objects for `results`.
 
     Raises:
-        ProgramError: metrics without `predict_fn`, or one that cannot be added over ranks.
+        ProgramError: a metric whose accumulators cannot be added over ranks.
     """
-    if metrics and predict_fn is None:
-        raise ProgramError(
-            "Metrics of a function need labels and predictions. "
-            f"Received: {', '.join(metrics)} without predict_fn. Pass "
-            "predict_fn=lambda batch: (labels, predictions)."
-        )
     structure: list[Any] = []
 
     def both(batch: Any) -> list[Any]:

@@ -160,6 +160,12 @@ class FunctionFrontEnd:
         self._reduction = reduction
         self._predict_fn = predict_fn
         self._metrics = metrics_from(metrics)
+        if self._metrics and predict_fn is None:
+            raise ProgramError(
+                "Metrics of a function need labels and predictions. "
+                f"Received: {', '.join(self._metrics)} without predict_fn. Pass "
+                "predict_fn=lambda batch: (labels, predictions)."
+            )
 
     def trainable(self) -> tuple[list[str], list[Any]]:
         return [name_of(variable) for variable in self._variables], self._variables

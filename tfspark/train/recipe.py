@@ -148,7 +148,7 @@ class Recipe:
         bound: the gradient program, and the variables that it was made of.
         groups: the parameter groups.
         updates: the optimizer step of each group.
-        evaluation: what a validation measures; None: nothing.
+        evaluation: what a validation measures; None: there are no rows for one.
         settings: see there.
         store: of `settings.model_dir`, or None.
         memory: where the optimizer's slots come from and go to; None: they start anew, and stay.
@@ -190,7 +190,8 @@ class Recipe:
         names, variables = front_end.trainable()
         groups = parameter_groups(optim_method, names, variables, settings.turns)
         bound = front_end.program(groups.group_of)
-        evaluation = front_end.evaluation()
+        # To trace it takes as long as the gradient, or half of it.
+        evaluation = None if dataset.validation is None else front_end.evaluation()
         if dataset.validation is not None and evaluation is None:
             raise InvalidInputError(
                 "A validation set needs something to measure. Received: a TFDataset with "
