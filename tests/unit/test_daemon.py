@@ -70,6 +70,36 @@ def test_standard_output_is_kept_for_spark(run_python, tmp_path):
     assert "from C" in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="init_nncontext uses the daemon on Linux only")
+def test_pages_stay_shared_from_run_to_run(run_python):
+    """A worker that looked at all objects for garbage would have a copy of each, some 60 MB."""
+    source = """
+        import gc, os, sys, types
+        from tfspark import daemon
+        daemon.preload(daemon.MODULES)
+        from tfspark.sync import tasks
+
+        def private_mb():
+            with open("/proc/self/smaps_rollup") as lines:
+                return sum(int(l.split()[1]) for l in lines if l.startswith("Private_Dirty")) / 1024
+
+        if os.fork() == 0:
+            before, frozen = private_mb(), gc.get_freeze_count()
+            for run in range(3):
+                sys.modules[f"imported_{run}"] = types.ModuleType("imported")
+                tasks._freeze_modules()
+                gc.collect()
+            print(private_mb() - before, gc.get_freeze_count() - frozen, len(gc.get_objects()))
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+    """
+    copied_mb, frozen, looked_at = map(float, run_python(source).stdout.split())
+    assert copied_mb < 15
+    assert frozen >= 3
+    assert looked_at < 2_000
+
+
 def test_a_spark_that_has_gone_is_no_error(capsys):
     tracebacks = daemon.Tracebacks()
     for error in (BrokenPipeError(), ConnectionResetError(), ValueError("of a task")):
