@@ -266,10 +266,7 @@ def test_plateau_of_a_score_that_is_not_there():
 def test_the_setting_of_an_application(sc, monkeypatch):
     class Context:
         def __init__(self, value):
-            self.value = value
-
-        def getConf(self):
-            return {"spark.tfspark.engine": self.value}
+            self._conf = {"spark.tfspark.engine": value}
 
     assert choose_engine("auto", Context("local"), 2) == "local"
     assert choose_engine("shuffle", Context("local"), 2) == "shuffle"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from tfspark import slots
@@ -93,9 +91,7 @@ class TestSlots:
 
         class Standalone:
             master = "spark://h:7077"
-
-            def getConf(self):
-                return SimpleNamespace(getAll=lambda: [("spark.master", self.master)])
+            _conf = {"spark.master": master}  # noqa: RUF012
 
         def wait(count, expected):
             nonlocal registered

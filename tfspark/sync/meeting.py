@@ -16,6 +16,7 @@ from typing import Any
 from pyspark import BarrierTaskContext, SparkContext
 
 from tfspark.errors import InvalidInputError
+from tfspark.slots import settings_of
 from tfspark.sync.encryption import Identity
 from tfspark.sync.member import Member
 from tfspark.sync.rendezvous import Rendezvous
@@ -81,7 +82,7 @@ class MeetingPlace:
             InvalidInputError: `spark.tfspark.ports` is no range of ports.
             MissingExtraError: encryption is on, and the package for it is missing.
         """
-        settings = context.getConf()
+        settings = settings_of(context)
         host = str(settings.get("spark.driver.host"))
         return cls(
             host,

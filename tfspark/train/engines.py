@@ -11,7 +11,7 @@ from pyspark import SparkContext
 
 from tfspark.data.dataset import TFDataset
 from tfspark.errors import InvalidInputError
-from tfspark.slots import busy_slots, in_process, slots
+from tfspark.slots import busy_slots, in_process, settings_of, slots
 from tfspark.sync import wire
 from tfspark.sync.carriers import through_files, through_spark
 from tfspark.sync.engine import Engine
@@ -50,7 +50,7 @@ def choose_engine(
     """
     source = "engine="
     if requested == "auto" and context is not None:
-        requested, source = context.getConf().get(SETTING, "auto"), f"{SETTING}="
+        requested, source = settings_of(context).get(SETTING, "auto"), f"{SETTING}="
     if requested == "auto":
         chosen, reason = _best(context, num_ranks)
         if chosen != "gang" and average_every > 1:
@@ -102,7 +102,7 @@ def _best(context: SparkContext | None, num_ranks: int) -> tuple[str, str]:
 
 def gang_obstacle(context: SparkContext, num_ranks: int) -> str | None:
     """What keeps the engine `gang` from running here, or None."""
-    if context.getConf().get("spark.dynamicAllocation.enabled") == "true":
+    if settings_of(context).get("spark.dynamicAllocation.enabled") == "true":
         return "dynamic allocation, with which Spark runs no barrier stages"
     available = slots(context)
     if available < num_ranks:
