@@ -75,7 +75,9 @@ def _freeze_modules() -> None:
 
     Nothing is unfrozen again, not even for a new run: what was frozen before the fork lies in pages
     that are shared until somebody looks (see daemon.py). So programs are loaded afterwards, or they
-    would stay for good; those of MobileNetV2 are 20,000 objects, and looked at in 3 ms.
+    would stay for good; those of MobileNetV2 are 20,000 objects, and looked at in 3 ms. Programs of
+    an earlier run, if this worker still has them when modules are new, do stay: as often as modules
+    come, which ends.
     """
     global _frozen_modules
     if len(sys.modules) > _frozen_modules:
